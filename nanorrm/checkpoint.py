@@ -1,0 +1,197 @@
+"""Hugging Face model folders and training states on disk, written whole or not at all.
+
+A model folder is config.json, model.safetensors, tokenizer.json and generation_config.json, as
+transformers and vLLM read them. A training state is a folder `checkpoint-<step>` in the run folder.
+Everything is written beside its final name and renamed, so a reader never sees a half.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from nanorrm.config import ModelConfig, UserError
+
+ASSETS = Path(__file__).parent / "assets"
+SHIPPED = {"toy": ASSETS / "toy_base", "toy-judge": ASSETS / "toy_judge"}
+ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM"}
+
+
+def resolve_model(name):
+    """A shipped model's name ("toy", "toy-judge") or a folder -> folder."""
+    return SHIPPED.get(str(name), Path(name))
+
+
+def read_json(path):
+    """Parse a JSON file, or say which file is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
+
+
+def as_list(value):
+    """An id, a list of ids or None -> a list of ids."""
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
+
+
+def read_config(folder):
+    """config.json (and generation_config.json, which wins for end tokens) -> ModelConfig."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such model folder")
+    raw = read_json(folder / "config.json")
+    kind = raw.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise UserError(
+            f"{folder}/config.json: model_type {kind!r} is not supported "
+            f"(only {', '.join(ARCHITECTURES)})"
+        )
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise UserError(f"{folder}/config.json: RoPE scaling {rope['rope_type']!r} not supported")
+    try:
+        heads = raw["num_attention_heads"]
+        config = ModelConfig(
+            vocab_size=raw["vocab_size"],
+            hidden_size=raw["hidden_size"],
+            intermediate_size=raw["intermediate_size"],
+            num_hidden_layers=raw["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=raw.get("num_key_value_heads", heads),
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            rope_theta=raw.get("rope_theta") or rope.get("rope_theta", 10000.0),
+            max_position_embeddings=raw["max_position_embeddings"],
+            tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            eos_token_id=as_list(raw.get("eos_token_id")),
+        )
+    except KeyError as error:
+        raise UserError(f"{folder}/config.json: {error} is missing") from None
+    if (folder / "generation_config.json").exists():
+        generation = read_json(folder / "generation_config.json")
+        config.eos_token_id = as_list(generation.get("eos_token_id")) or config.eos_token_id
+    return config
+
+
+def config_json(config, dtype):
+    """ModelConfig -> the dictionary of config.json, with the names Hugging Face uses."""
+    return {
+        "architectures": [ARCHITECTURES["qwen2"]],
+        "model_type": "qwen2",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "eos_token_id": config.eos_token_id,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def read_tensors(folder):
+    """{name: tensor} of a model folder, one file or sharded with an index.
+
+    Raises UserError naming the file when it is missing, truncated or no safetensors file.
+    """
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = sorted(set(read_json(index)["weight_map"].values()))
+    else:
+        files = ["model.safetensors"]
+    tensors = {}
+    for name in files:
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                tensors.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        except FileNotFoundError:
+            raise UserError(f"{folder / name}: no such file") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{folder / name}: not a readable safetensors file ({error})") from None
+    return tensors
+
+
+def write_folder(folder, fill):
+    """Make `folder` by calling fill(temporary folder) and renaming it into place.
+
+    An existing folder of that name is replaced only once the new one is whole.
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+            folder.rename(old)
+            temporary.rename(folder)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{folder}: could not be written ({error})") from None
+
+
+def write_model(folder, config, tensors, dtype, tokenizer=None):
+    """Write a Hugging Face folder: config, weights, end tokens and, if given, the tokenizer."""
+
+    def fill(path):
+        (path / "config.json").write_text(json.dumps(config_json(config, dtype), indent=2) + "\n")
+        (path / "generation_config.json").write_text(
+            json.dumps({"eos_token_id": config.eos_token_id}, indent=2) + "\n"
+        )
+        save_file(
+            {name: tensor.detach().to(dtype).contiguous() for name, tensor in tensors.items()},
+            path / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+        if tokenizer is not None:
+            tokenizer.save(path)
+
+    write_folder(folder, fill)
+
+
+def save_state(run, step, model, optimizer, extra):
+    """Write run/checkpoint-<step>, then drop older ones: what a resumed run continues from."""
+    target = Path(run) / f"checkpoint-{step:06d}"
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+    write_folder(target, lambda path: torch.save({**state, **extra}, path / "state.pt"))
+    for old in checkpoints(run):
+        if old.name < target.name:
+            shutil.rmtree(old)
+
+
+def checkpoints(run):
+    """The checkpoint folders of a run, oldest first."""
+    return sorted(Path(run).glob("checkpoint-*"))
+
+
+def load_state(run, model, optimizer):
+    """Put the newest checkpoint of a run into model and optimizer; returns all that was saved."""
+    found = checkpoints(run)
+    if not found:
+        raise UserError(f"{run}: nothing to resume, no checkpoint in it")
+    path = found[-1] / "state.pt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: not a readable checkpoint ({error})") from None
+    return state

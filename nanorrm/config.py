@@ -1,0 +1,185 @@
+"""Every setting of the project, with its unit and its choices; presets in configs/ override them.
+
+A field's comment is its help text: `python train.py judge --help` prints these.
+"""
+
+import sys
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+
+import tyro
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
+
+
+class UserError(Exception):
+    """Something the user gave is wrong: the message says what, where, and what to do."""
+
+
+@dataclass
+class ModelConfig:
+    """The shape of a transformer, under the names of Hugging Face's config.json."""
+
+    vocab_size: int  # V
+    hidden_size: int  # C
+    intermediate_size: int  # width of the feed-forward layer
+    num_hidden_layers: int
+    num_attention_heads: int  # Hq
+    num_key_value_heads: int  # Hkv, divides Hq
+    head_dim: int  # D
+    max_position_embeddings: int  # context length, tokens
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    tie_word_embeddings: bool = False
+    eos_token_id: list[int] = field(default_factory=list)  # any of these ends a completion
+
+
+@dataclass
+class EngineConfig:
+    """The paged cache and the batch of the generation engine."""
+
+    block_size: int = 16  # tokens per cache block
+    num_blocks: int | None = None  # blocks in the pool; None: what cache_gib holds
+    cache_gib: float = 1.0  # memory for keys and values, GiB, where num_blocks is not given
+    max_batch: int = 512  # sequences decoded at once
+    max_prefill_tokens: int = (
+        16384  # prompt tokens computed at once (one longer prompt may exceed it)
+    )
+
+
+@dataclass
+class RunConfig:
+    """What every training stage has: where it writes and how it optimises."""
+
+    name: str = ""  # run folder under runs/; empty: the stage and the time
+    runs: str = "runs"  # where run folders are made
+    resume: bool = False  # continue the named run (or the last of this stage) from its checkpoint
+    seed: int = 0  # of data order, initial weights and sampling
+    threads: int = 0  # CPU threads of torch; 0: its own choice
+    steps: int = 0  # optimizer steps
+    learning_rate: float = 0.0  # AdamW, after warm-up
+    warmup_steps: int = 0  # learning rate rises linearly over these
+    weight_decay: float = 0.0  # AdamW
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    save_every: int = 50  # steps between checkpoints; one is always saved at the end and on Ctrl-C
+
+
+@dataclass
+class BaseConfig(RunConfig):
+    """Pre-train the toy base: it solves, checks, knows the format, and judges at chance."""
+
+    steps: int = 3000  # optimizer steps
+    learning_rate: float = 3e-3  # AdamW, after warm-up, then linearly down to zero
+    warmup_steps: int = 100  # learning rate rises linearly over these
+    weight_decay: float = 0.01  # AdamW
+    save_every: int = 500  # steps between checkpoints; one is always saved at the end and on Ctrl-C
+    documents: int = 64  # documents per step
+    solve: float = 0.35  # share of documents that solve a query
+    check: float = 0.35  # share that compare a given result with two responses; the rest is format
+
+
+@dataclass
+class JudgeConfig(RunConfig):
+    """Train a judge by GRPO on +1 (right verdict) and -1 (wrong or unreadable)."""
+
+    model: str = "toy"  # folder of the model to start from; "toy" is the shipped toy base
+    data: str = "toy"  # jsonl of labelled pairs; "toy" draws them from the embedded world
+    template: str = "auto"  # prompt: rrm, toy, or auto (toy for a toy tokenizer)
+    think: bool = True  # False: the prompt closes the thinking at once (DirectJudge)
+    steps: int = 60  # GRPO steps
+    max_minutes: float = 0.0  # stop after so many minutes of training; 0: no limit
+    learning_rate: float = 1.5e-4  # AdamW, after warm-up
+    warmup_steps: int = 5  # learning rate rises linearly over these
+    prompts: int = 64  # P: pairs per step
+    group: int = 8  # G: rollouts per pair
+    temperature: float = 1.0  # of the rollouts
+    max_tokens: int = 96  # new tokens per rollout at most
+    max_think_tokens: int | None = (
+        None  # thinking tokens before the engine closes it; None: no limit
+    )
+    scale: str = "group"  # advantages are divided by the std of: group, or none
+    clip: float = 0.2  # the ratio of new to old probability counts between 1 - clip and 1 + clip
+    kl: float = 0.0  # weight of the k3 penalty towards the starting model
+    micro_tokens: int = 16384  # tokens per forward and backward pass; does not change the result
+    eval_every: int = 10  # steps between evaluations on held-out pairs
+    eval_pairs: int = 200  # held-out pairs per evaluation
+    eval_share: float = 0.1  # of a data file, kept out of training for these evaluations
+    sample_every: int = 5  # steps between entries of samples.jsonl
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+def load_preset(config, path):
+    """A copy of a config with the overrides of a TOML file; unknown keys and wrong types raise."""
+    try:
+        with open(path, "rb") as file:
+            values = tomllib.load(file)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror.lower()}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not readable as TOML ({error})") from None
+    return override(config, values, path)
+
+
+def override(config, values, where):
+    """replace() that checks names and types and descends into nested sections."""
+    known = {f.name: f for f in fields(config)}
+    changed = {}
+    for key, value in values.items():
+        if key not in known:
+            near = get_close_matches(key, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"{where}: unknown setting {key!r}{hint}")
+        old = getattr(config, key)
+        if isinstance(value, dict):
+            changed[key] = override(old, value, f"{where} [{key}]")
+            continue
+        if isinstance(old, float) and type(value) is int:
+            value = float(value)
+        if None not in (old, value) and type(value) is not type(old):
+            kind = type(old).__name__
+            raise UserError(f"{where}: {key} = {value!r} should be of type {kind}")
+        changed[key] = value
+    return replace(config, **changed)
+
+
+def parse_command(stages, about, argv, saved=None):
+    """`STAGE [--config FILE] [--setting value ...]` -> (stage, its config).
+
+    stages: {name: (config dataclass, ...)}; about: help text; saved(stage, config) -> (run name,
+    settings) of the run to resume. Flags win over the preset, the preset over the defaults.
+    """
+    if not argv or argv[0] not in stages:
+        print(about.strip())
+        for name, (kind, *_) in stages.items():
+            print(f"\n  {name:9s} {kind.__doc__.strip().splitlines()[0]}")
+        if not argv or argv[0] in ("-h", "--help"):
+            raise SystemExit(0)
+        near = get_close_matches(argv[0], stages, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{argv[0]!r} is not one of {', '.join(stages)}{hint}")
+    stage, rest = argv[0], list(argv[1:])
+    default = stages[stage][0]()
+    if "--config" in rest:
+        at = rest.index("--config")
+        if at + 1 == len(rest):
+            raise UserError("--config needs a file")
+        default = load_preset(default, rest[at + 1])
+        del rest[at : at + 2]
+
+    def parse(default):
+        return tyro.cli(type(default), args=rest, default=default, prog=f"{sys.argv[0]} {stage}")
+
+    config = parse(default)
+    if saved is not None and config.resume:
+        name, values = saved(stage, config)
+        config = replace(parse(override(default, values, "saved config")), resume=True, name=name)
+    return stage, config
+
+
+def fail(error):
+    """Print one line for a person and leave with status 2."""
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,110 @@
+"""What the judge reads and how its verdict is read: templates -> ids, text -> verdict.
+
+Two templates. "rrm" is the released models' own (system text and user text in a data file, byte for
+byte; arXiv 2505.14674), rendered through the model's chat template. "toy" is the embedded world's:
+`?query`, the two responses on a line each, then the opened thinking.
+"""
+
+import json
+import re
+from functools import cache
+from importlib import resources
+
+from nanorrm.config import UserError
+from nanorrm.tokenizer import END_THINK, THINK
+
+NO_ANSWER = "[NO ANSWER]"
+
+
+def verdict_text(winner):
+    r"""1 | 2 -> the box a judge must end with: \boxed{Assistant 1}."""
+    return rf"\boxed{{Assistant {winner}}}"
+
+
+def toy_solve(query):
+    """Ask the toy model to solve."""
+    return f"!{query}\n{THINK}"
+
+
+def toy_judge(query, a, b):
+    """Ask the toy model to judge."""
+    return f"?{query}\n1:{a}\n2:{b}\n{THINK}"
+
+
+@cache
+def rrm_prompt():
+    """The released prompt: {"system": ..., "user": ...} with {question}, {answer1}, {answer2}."""
+    return json.loads(resources.files("nanorrm").joinpath("assets/rrm_prompt.json").read_text())
+
+
+def fill(template, **values):
+    r"""Put values in for {name}, all at once: str.format would trip over \boxed{...}, and one
+    replacement after another would rewrite a query that contains `{answer1}`."""
+    return re.sub(r"\{(\w+)\}", lambda m: values.get(m.group(1), m.group(0)), template)
+
+
+def judge_prompt(tokenizer, query, a, b, template="rrm", think=True):
+    """Prompt ids of one comparison, ending inside the opened thinking.
+
+    query, a, b: text from outside, encoded as plain characters. think=False closes the thinking at
+    once (DirectJudge). Raises UserError for an unknown template.
+    """
+    if template == "toy":
+        ids = tokenizer.encode(toy_judge(query, a, b).removesuffix(THINK))
+        ids += tokenizer.encode_template(THINK)
+    elif template == "rrm":
+        text = rrm_prompt()
+        user = fill(text["user"], question=query, answer1=a, answer2=b)
+        messages = [
+            {"role": "system", "content": text["system"]},
+            {"role": "user", "content": user},
+        ]
+        ids = tokenizer.chat(messages)
+    else:
+        raise UserError(f"template {template!r} is not one of rrm, toy")
+    return ids if think else ids + tokenizer.encode_template(END_THINK)
+
+
+def template_of(tokenizer):
+    """ "toy" for a tokenizer that has the verdicts as tokens, else "rrm"."""
+    return "rrm" if tokenizer.token_id(verdict_text(1)) is None else "toy"
+
+
+def parse_verdict(text, closed=False):
+    r"""Completion text -> 1, 2 or None (unreadable), by the rule of the released evaluation code.
+
+    The thinking must be closed (closed=True: the prompt closed it); after it the last brace-matched
+    \boxed{...} must hold exactly `Assistant 1` or `Assistant 2`.
+
+    >>> parse_verdict(r"so 18</think>\boxed{Assistant 2}")
+    2
+    >>> parse_verdict(r"</think>\boxed{Assistant 2} or \boxed{both}") is None
+    True
+    """
+    if not closed:
+        _, found, text = text.rpartition(END_THINK)
+        if not found:
+            return None
+    return {"Assistant 1": 1, "Assistant 2": 2}.get(last_boxed(text))
+
+
+def last_boxed(text):
+    r"""The content of the last \boxed{...} whose braces match, or None.
+
+    >>> last_boxed(r"\boxed{a} \boxed{b{c}} \boxed{d")
+    'b{c}'
+    """
+    start = text.rfind(r"\boxed{")
+    while start >= 0:
+        depth = 0
+        for i in range(start + 6, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[i], 0)
+            if depth == 0:
+                return text[start + 7 : i]
+        start = text.rfind(r"\boxed{", 0, start)
+    return None
+
+
+def thought_of(text, closed=False):
+    """The thinking part of a completion, without its tags."""
+    return "" if closed else text.split(END_THINK)[0].removeprefix(THINK).strip()
