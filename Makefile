@@ -1,10 +1,10 @@
 # `make train` and `make test` set up everything they need: a virtual environment in .venv with the
-# pinned packages, remade when a requirements file changes.
+# pinned packages, completed when a requirements file changes.
 
 PYTHON ?= python3
 VENV := .venv/bin/python
 
-.PHONY: train test
+.PHONY: train test results
 train: .venv/ready
 	$(VENV) train.py judge
 
@@ -19,3 +19,36 @@ test: .venv/ready-dev
 .venv/ready-dev: .venv/ready requirements-dev.txt
 	$(VENV) -m pip install --quiet -r requirements-dev.txt
 	touch $@
+
+# The tables of docs/RESULTS.md, remade under runs/: `make -j2 results` takes about 20 minutes on two
+# cores (one thread per run). Seed 2 starts from a base of its own.
+SEEDS := 0 1 2
+EVALS := $(foreach s,$(SEEDS),runs/judge-$s/eval.json runs/direct-$s/eval.json runs/no-check-$s/eval.json)
+ONE := --threads 1
+
+results: .venv/ready runs/base/eval.json $(EVALS)
+	$(VENV) docs/results.py
+
+runs/base/eval.json: .venv/ready
+	mkdir -p runs/base
+	$(VENV) eval.py toy --model toy $(ONE) --json $@
+
+runs/base-1/model: .venv/ready
+	$(VENV) train.py base --seed 1 --name base-1 $(ONE)
+
+runs/base-no-check/model: .venv/ready
+	$(VENV) train.py base --config configs/base_no_check.toml $(ONE)
+
+runs/judge-2/eval.json: runs/base-1/model
+runs/judge-2/eval.json: START = --model runs/base-1/model
+runs/judge-%/eval.json: .venv/ready
+	$(VENV) train.py judge $(START) --seed $* --name judge-$* $(ONE)
+	$(VENV) eval.py toy --model runs/judge-$*/model $(ONE) --json $@
+
+runs/direct-%/eval.json: .venv/ready
+	$(VENV) train.py judge --config configs/direct.toml --seed $* --name direct-$* $(ONE)
+	$(VENV) eval.py toy --no-think --model runs/direct-$*/model $(ONE) --json $@
+
+runs/no-check-%/eval.json: runs/base-no-check/model
+	$(VENV) train.py judge --config configs/no_check.toml --seed $* --name no-check-$* $(ONE)
+	$(VENV) eval.py toy --model runs/no-check-$*/model $(ONE) --json $@

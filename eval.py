@@ -29,6 +29,7 @@ class Evaluation:
     max_tokens: int | None = None  # new tokens at most; None: 128 for toy, 8192 for rrm
     max_think_tokens: int | None = None  # thinking tokens before the engine closes it
     seed: int = 0
+    threads: int = 0  # CPU threads of torch; 0: its own choice
     json: str | None = None  # also write the numbers to this file
 
 

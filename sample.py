@@ -31,6 +31,7 @@ class JudgeSample:
     max_tokens: int | None = None  # new tokens at most; None: 128 for toy, 8192 for rrm
     max_think_tokens: int | None = None  # thinking tokens before the engine closes it
     seed: int = 0
+    threads: int = 0  # CPU threads of torch; 0: its own choice
 
 
 def judge(cfg):

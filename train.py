@@ -9,6 +9,7 @@ The judge's loop is GRPO in full, to be read from `train_judge` down:
 
 import copy
 import sys
+import textwrap
 import time
 from collections import Counter
 
@@ -41,8 +42,8 @@ def train_judge(cfg, run):
     held_out = source.held_out(cfg.eval_pairs)
     state = load_state(run.folder, model, optimizer) if cfg.resume else {}
     start, minutes = state.get("step", 0), state.get("minutes", 0.0)
-    before = state.get("before") or show(judge, held_out[:3])
     run.start(start, cfg.steps)
+    before = state.get("before") or show(judge, held_out[:3])
     if start == 0:
         stats = evaluate(judge, held_out)
         run.log(0, stats, judge_line(stats))
@@ -77,7 +78,8 @@ def train_judge(cfg, run):
             advantages = grpo.advantages(rewards, cfg.scale)  # [P, G]
 
             # 5. loss, gradient, AdamW
-            set_learning_rate(optimizer, cfg.learning_rate * min(1.0, step / cfg.warmup_steps))
+            warm = min(1.0, step / max(1, cfg.warmup_steps))
+            set_learning_rate(optimizer, cfg.learning_rate * warm)
             update = policy_update(model, optimizer, questions, groups, advantages, cfg, reference)
             trained = time.perf_counter()
 
@@ -127,7 +129,9 @@ def policy_update(model, optimizer, questions, groups, advantages, cfg, referenc
     for batch in packing.pack(samples, cfg.micro_tokens, model.device):
         logp, entropy = token_logprobs(model, batch, cfg.temperature)
         with torch.no_grad():
-            ref_logp = reference and token_logprobs(reference, batch, cfg.temperature)[0]
+            ref_logp = None
+            if reference is not None:
+                ref_logp, _ = token_logprobs(reference, batch, cfg.temperature)
         values = batch.values
         loss, parts = grpo.policy_loss(
             logp,
@@ -197,10 +201,11 @@ def show(judge, pairs):
 def examples(pairs, before, after):
     """Held-out pairs with the thinking before and after training, as lines of text."""
     for pair, *answers in zip(pairs, before, after):
-        yield f"\n{pair.query!r}  1: {pair.a!r}  2: {pair.b!r}  (right: {pair.label})"
+        query, a, b = (textwrap.shorten(str(text), 200) for text in (pair.query, pair.a, pair.b))
+        yield f"\n{query!r}  1: {a!r}  2: {b!r}  (right: {pair.label})"
         for when, (thought, winner) in zip(("before", "after"), answers):
             mark = "right" if winner == pair.label else "wrong"
-            yield f"  {when:6s} thinks {thought!r}, says {winner} ({mark})"
+            yield f"  {when:6s} thinks {textwrap.shorten(thought, 400)!r}, says {winner} ({mark})"
 
 
 # -- the base model of the embedded world
@@ -228,9 +233,8 @@ def train_base(cfg, run):
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm).item()
             left = (cfg.steps - step + 1) / max(1, cfg.steps - cfg.warmup_steps)
-            set_learning_rate(
-                optimizer, cfg.learning_rate * min(step / cfg.warmup_steps, left, 1.0)
-            )
+            warm = min(1.0, step / max(1, cfg.warmup_steps))
+            set_learning_rate(optimizer, cfg.learning_rate * min(warm, left))
             optimizer.step()
             optimizer.zero_grad()
             last = step == cfg.steps or interrupt.asked

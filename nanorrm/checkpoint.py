@@ -161,6 +161,7 @@ def write_model(folder, config, tensors, dtype, tokenizer=None):
             path / "model.safetensors",
             metadata={"format": "pt"},
         )
+        shutil.copymode(path / "config.json", path / "model.safetensors")  # not just the owner's
         if tokenizer is not None:
             tokenizer.save(path)
 

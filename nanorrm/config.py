@@ -19,6 +19,13 @@ class UserError(Exception):
     """Something the user gave is wrong: the message says what, where, and what to do."""
 
 
+def at_least(config, low, *names):
+    """Raise UserError for the first of the settings that is below `low`."""
+    for name in names:
+        if getattr(config, name) < low:
+            raise UserError(f"{name} = {getattr(config, name)} should be at least {low}")
+
+
 @dataclass
 class ModelConfig:
     """The shape of a transformer, under the names of Hugging Face's config.json."""
@@ -45,9 +52,12 @@ class EngineConfig:
     num_blocks: int | None = None  # blocks in the pool; None: what cache_gib holds
     cache_gib: float = 1.0  # memory for keys and values, GiB, where num_blocks is not given
     max_batch: int = 512  # sequences decoded at once
-    max_prefill_tokens: int = (
-        16384  # prompt tokens computed at once (one longer prompt may exceed it)
-    )
+    max_prefill_tokens: int = 16384  # prompt tokens computed at once; a longer prompt goes alone
+
+    def __post_init__(self):
+        at_least(self, 1, "block_size", "max_batch", "max_prefill_tokens")
+        if self.num_blocks is not None:
+            at_least(self, 1, "num_blocks")
 
 
 @dataclass
@@ -59,12 +69,16 @@ class RunConfig:
     resume: bool = False  # continue the named run (or the last of this stage) from its checkpoint
     seed: int = 0  # of data order, initial weights and sampling
     threads: int = 0  # CPU threads of torch; 0: its own choice
-    steps: int = 0  # optimizer steps
+    steps: int = 1  # optimizer steps
     learning_rate: float = 0.0  # AdamW, after warm-up
     warmup_steps: int = 0  # learning rate rises linearly over these
     weight_decay: float = 0.0  # AdamW
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     save_every: int = 50  # steps between checkpoints; one is always saved at the end and on Ctrl-C
+
+    def __post_init__(self):
+        at_least(self, 1, "save_every", "steps")
+        at_least(self, 0, "warmup_steps", "threads", "learning_rate", "max_grad_norm")
 
 
 @dataclass
@@ -89,7 +103,7 @@ class JudgeConfig(RunConfig):
     data: str = "toy"  # jsonl of labelled pairs; "toy" draws them from the embedded world
     template: str = "auto"  # prompt: rrm, toy, or auto (toy for a toy tokenizer)
     think: bool = True  # False: the prompt closes the thinking at once (DirectJudge)
-    steps: int = 60  # GRPO steps
+    steps: int = 100  # GRPO steps
     max_minutes: float = 0.0  # stop after so many minutes of training; 0: no limit
     learning_rate: float = 1.5e-4  # AdamW, after warm-up
     warmup_steps: int = 5  # learning rate rises linearly over these
@@ -109,6 +123,16 @@ class JudgeConfig(RunConfig):
     eval_share: float = 0.1  # of a data file, kept out of training for these evaluations
     sample_every: int = 5  # steps between entries of samples.jsonl
     engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, 1, "prompts", "max_tokens", "eval_every", "sample_every", "micro_tokens")
+        at_least(self, 2, "group")
+        at_least(self, 0, "eval_pairs", "max_minutes", "kl", "clip")
+        if self.temperature <= 0:
+            raise UserError(f"temperature = {self.temperature}: rollouts need one above 0")
+        if self.scale not in ("group", "none"):
+            raise UserError(f"scale = {self.scale!r} is not one of group, none")
 
 
 def load_preset(config, path):

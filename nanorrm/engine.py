@@ -117,9 +117,10 @@ class Engine:
         if self.stop_ids is None:
             self.stop_ids = tuple(self.model.config.eos_token_id)
         self.stop_tensor = torch.tensor(self.stop_ids, dtype=torch.long, device=self.device)
+        # longest first: neighbours in a batch are of like lengths, and no straggler starts last
         self.waiting = deque(
-            Sequence(prompt, i, j, stream_id(params.seed, prompt, j))
-            for i, prompt in enumerate(prompts)
+            Sequence(prompts[i], i, j, stream_id(params.seed, prompts[i], j))
+            for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
             for j in range(params.n)
         )
         self.running, self.rows = [], {}

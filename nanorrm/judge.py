@@ -8,6 +8,8 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 
+import torch
+
 from nanorrm import prompts
 from nanorrm.config import UserError
 from nanorrm.engine import Engine
@@ -122,11 +124,14 @@ class Judge:
 
 
 def open_judge(cfg):
-    """A Judge from the settings of a script: model, template, think, temperature, max_tokens, seed.
+    """A Judge from the settings of a script: model, template, think, temperature, max_tokens, seed,
+    threads.
 
     Without a model, the judge trained last under runs/ answers, else the shipped one; a line on
     stderr says which.
     """
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
     name = cfg.model
     if name is None:
         trained = [folder / "model" for folder in runs_of("runs", "judge")]

@@ -39,16 +39,11 @@ class Run:
     """A run folder and its logs. Use as a context manager: it closes the progress bar."""
 
     def __init__(self, stage, config):
-        """Make the folder or, with config.resume, reopen it. Raises UserError if it can't be."""
+        """Choose the folder; `start` makes it. Raises UserError if it is another run's."""
         self.folder = run_folder(stage, config)
         self.stage = stage
         self.config = config
         self.bar = None
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.json").write_text(json.dumps(self.about(), indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"{self.folder}: can't write there ({error.strerror})") from None
 
     def about(self):
         """Settings and surroundings of the run."""
@@ -65,11 +60,19 @@ class Run:
         }
 
     def start(self, first, total):
-        """Begin the progress bar; drop log lines of steps that a resumed run will do again."""
+        """Make the folder and begin the progress bar; called when model and data have loaded.
+
+        Log lines of steps that a resumed run will do again are dropped.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.json").write_text(json.dumps(self.about(), indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.folder}: can't write there ({error.strerror})") from None
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.folder / name
             if path.exists():
-                kept = [line for line in read_lines(path) if line["step"] < first]
+                kept = [line for line in read_lines(path) if line["step"] <= first]
                 path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.bar = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True, leave=False)
 

@@ -44,8 +44,9 @@ class Tokenizer:
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         names = {}
         for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-            value = config.get(name) or ""
-            names[name] = value["content"] if isinstance(value, dict) else value
+            value = config.get(name)
+            if value:
+                names[name] = value["content"] if isinstance(value, dict) else value
         try:
             return cls(spec, template, names)
         except Exception as error:  # the library raises bare Exception
