@@ -8,9 +8,10 @@ import json
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from nanorrm import metrics
-from nanorrm.config import UserError, fail, parse_command
+from nanorrm.config import UserError, at_least, fail, parse_command
 from nanorrm.data import ToySource, read_pairs
 from nanorrm.judge import open_judge
 from nanorrm.toy import TERMS
@@ -32,6 +33,11 @@ class Evaluation:
     threads: int = 0  # CPU threads of torch; 0: its own choice
     json: str | None = None  # also write the numbers to this file
 
+    def __post_init__(self):
+        at_least(self, 1, "votes")
+        if self.json and not Path(self.json).parent.is_dir():
+            raise UserError(f"{self.json}: no such folder")
+
 
 @dataclass
 class ToyEvaluation(Evaluation):
@@ -40,6 +46,11 @@ class ToyEvaluation(Evaluation):
     pairs: int = 200  # pairs per chain length
     longer: int = 2  # chain lengths beyond those trained on
 
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, 1, "pairs")
+        at_least(self, 0, "longer")
+
 
 @dataclass
 class PairsEvaluation(Evaluation):
@@ -47,6 +58,10 @@ class PairsEvaluation(Evaluation):
 
     data: str | None = None  # the file
     limit: int = 0  # judge only the first pairs; 0: all
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, 0, "limit")
 
 
 def toy(cfg):

@@ -45,9 +45,9 @@ def judge(cfg):
     judge = open_judge(cfg)
     verdicts = judge.compare(pairs, cfg.votes, cfg.both_orders, cfg.max_think_tokens)
     for pair, verdict in zip(pairs, verdicts):
-        print(f"\nquery  {pair.query}\na      {pair.a}\nb      {pair.b}")
         if verdict.skipped and not cfg.data:
             raise UserError(verdict.skipped)
+        print(f"\nquery  {pair.query}\na      {pair.a}\nb      {pair.b}")
         for vote, swapped, thought in zip(verdict.votes, verdict.swapped, verdict.thoughts):
             shown = "b, a" if swapped else "a, b"
             says = {1: "a", 2: "b", None: "nothing that can be read"}[vote]

@@ -38,6 +38,7 @@ def train_judge(cfg, run):
     )
     template = prompts.template_of(tokenizer) if cfg.template == "auto" else cfg.template
     judge = Judge(engine, template, cfg.temperature, cfg.max_tokens, cfg.think)
+    judge.check_fits()
     source = open_source(cfg, judge)
     held_out = source.held_out(cfg.eval_pairs)
     state = load_state(run.folder, model, optimizer) if cfg.resume else {}

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +17,15 @@ from safetensors.torch import save_file
 
 from nanorrm.config import ModelConfig, UserError
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED = {"toy": ASSETS / "toy_base", "toy-judge": ASSETS / "toy_judge"}
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM"}
@@ -27,13 +37,16 @@ def resolve_model(name):
 
 
 def read_json(path):
-    """Parse a JSON file, or say which file is missing or broken."""
+    """Parse a JSON file that holds an object, or say which file is missing or broken."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: should hold a JSON object, not {type(value).__name__}")
+    return value
 
 
 def as_list(value):
@@ -56,6 +69,12 @@ def read_config(folder):
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if rope.get("rope_type", "default") != "default":
         raise UserError(f"{folder}/config.json: RoPE scaling {rope['rope_type']!r} not supported")
+    sizes = {name: raw[name] for name in (*SIZES, *OPTIONAL_SIZES) if raw.get(name) is not None}
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise UserError(
+                f"{folder}/config.json: {name} is {size!r}, should be a positive integer"
+            )
     try:
         heads = raw["num_attention_heads"]
         config = ModelConfig(
@@ -110,7 +129,10 @@ def read_tensors(folder):
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        files = sorted(set(read_json(index)["weight_map"].values()))
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict):
+            raise UserError(f"{index}: has no weight_map")
+        files = sorted(set(names.values()))
     else:
         files = ["model.safetensors"]
     tensors = {}
@@ -131,21 +153,24 @@ def write_folder(folder, fill):
     An existing folder of that name is replaced only once the new one is whole.
     """
     folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{x}") for x in ("tmp", "old"))
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         fill(temporary)
         if folder.exists():
-            old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
             folder.rename(old)
-            temporary.rename(folder)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(folder)
-    except OSError as error:
+        temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"{folder}: could not be written ({error})") from None
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        if isinstance(
+            error, (OSError, SafetensorError, RuntimeError)
+        ):  # a full disk is any of them
+            raise UserError(f"{folder}: could not be written ({error})") from None
+        raise
 
 
 def write_model(folder, config, tensors, dtype, tokenizer=None):
@@ -193,6 +218,7 @@ def load_state(run, model, optimizer):
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({error})") from None
+    except (OSError, EOFError, UnpicklingError, RuntimeError, KeyError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
     return state

@@ -4,8 +4,10 @@ A field's comment is its help text: `python train.py judge --help` prints these.
 """
 
 import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
+from itertools import chain
+from typing import get_args, get_type_hints
 
 import tyro
 
@@ -157,14 +159,15 @@ def override(config, values, where):
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(f"{where}: unknown setting {key!r}{hint}")
         old = getattr(config, key)
-        if isinstance(value, dict):
+        if isinstance(value, dict) and is_dataclass(old):
             changed[key] = override(old, value, f"{where} [{key}]")
             continue
         if isinstance(old, float) and type(value) is int:
             value = float(value)
-        if None not in (old, value) and type(value) is not type(old):
-            kind = type(old).__name__
-            raise UserError(f"{where}: {key} = {value!r} should be of type {kind}")
+        kinds = get_type_hints(type(config))[key]
+        if type(value) not in (get_args(kinds) or (kinds,)):
+            name = getattr(kinds, "__name__", None) or str(kinds)
+            raise UserError(f"{where}: {key} = {value!r} should be of type {name}")
         changed[key] = value
     return replace(config, **changed)
 
@@ -186,6 +189,11 @@ def parse_command(stages, about, argv, saved=None):
         raise UserError(f"{argv[0]!r} is not one of {', '.join(stages)}{hint}")
     stage, rest = argv[0], list(argv[1:])
     default = stages[stage][0]()
+    rest = list(
+        chain.from_iterable(
+            word.split("=", 1) if word.startswith("--config=") else [word] for word in rest
+        )
+    )
     if "--config" in rest:
         at = rest.index("--config")
         if at + 1 == len(rest):

@@ -144,11 +144,12 @@ class FileSource:
     def __init__(self, pairs, seed, held_share):
         """Raises UserError if too few labelled pairs are left to train on."""
         labelled = [pair for pair in pairs if pair.label]
-        order = list(range(len(labelled)))
-        toy.stream_rng("split").shuffle(order)
+        # by a hash of the query, so that pairs of one query stay together
+        order = sorted(labelled, key=lambda pair: zlib.crc32(f"split {pair.query}".encode()))
         cut = round(len(order) * held_share)
-        self._held = [labelled[i] for i in order[:cut]]
-        self.pairs = [labelled[i] for i in order[cut:]]
+        while 0 < cut < len(order) and order[cut - 1].query == order[cut].query:
+            cut += 1
+        self._held, self.pairs = order[:cut], order[cut:]
         self.seed = seed
         self._order = (None, [])  # the epoch it is for, the permutation
         if not self.pairs:
@@ -164,8 +165,8 @@ class FileSource:
         return self.pairs[self._order[1][place]]
 
     def batch(self, step, n):
-        """The n training pairs of a step."""
-        return [self.pair(step * n + i) for i in range(n)]
+        """The n training pairs of a step (the first step is 1)."""
+        return [self.pair((step - 1) * n + i) for i in range(n)]
 
     def held_out(self, n):
         """At most n of the pairs kept out of training."""

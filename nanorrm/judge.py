@@ -12,6 +12,7 @@ import torch
 
 from nanorrm import prompts
 from nanorrm.config import UserError
+from nanorrm.data import Pair
 from nanorrm.engine import Engine
 from nanorrm.log import runs_of
 from nanorrm.sampling import SamplingParams
@@ -73,6 +74,7 @@ class Judge:
     ):
         self.backend, self.template, self.think = backend, template, think
         self.temperature, self.max_tokens, self.seed = temperature, max_tokens, seed
+        self.prompt(Pair("", "", ""))  # a template that can't be used fails here, not pair by pair
 
     def prompt(self, pair, swap=False):
         """Prompt ids of a pair, with b shown first if swap."""
@@ -82,6 +84,12 @@ class Judge:
         return prompts.judge_prompt(
             self.backend.tokenizer, pair.query, a, b, self.template, self.think
         )
+
+    def check_fits(self):
+        """Raise UserError if not even an empty pair fits the model with these settings."""
+        params = SamplingParams(max_tokens=self.max_tokens)
+        if refusal := self.backend.refusal(self.prompt(Pair("", "", "")), params):
+            raise UserError(f"even an empty pair does not fit: {refusal}")
 
     def compare(self, pairs, votes=1, both_orders=True, max_think_tokens=None, progress=None):
         """Judge pairs -> list of Verdict, in order.

@@ -18,7 +18,8 @@ def wilson(successes, n, z=1.96):
     centre = p + z * z / (2 * n)
     spread = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    low = 0.0 if successes == 0 else max(0.0, (centre - spread) / scale)
+    return low, 1.0 if successes == n else min(1.0, (centre + spread) / scale)
 
 
 def outcome(pair, verdict):

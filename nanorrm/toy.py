@@ -128,19 +128,20 @@ def check_document(rng):
     """A judge prompt whose thinking holds the chain of ANOTHER query, and what follows from that.
 
     The other chain's value is the right response or the wrong one at a coin toss, so the verdict,
-    which follows the other chain, is right about its own query half the time.
+    which follows the other chain, is right about its own query half the time. A chain is found for
+    both responses before the coin falls: rare values, which are mostly wrong responses, must not
+    be rarer under the verdict than they are in the prompt.
     """
-    truthful = rng.random() < 0.5  # outside the loop: what chance finds soon must not tip the coin
     while True:
-        chain, a, b, label = draw_pair(rng, rng.choice(TERMS))
-        target = a if (label == 1) == truthful else b
-        other = chain_with_value(rng, int(target))
-        if other is not None and other.query != chain.query:
+        chain, a, b, _ = draw_pair(rng, rng.choice(TERMS))
+        others = [chain_with_value(rng, int(response)) for response in (a, b)]
+        if all(other is not None and other.query != chain.query for other in others):
             break
+    verdict = rng.choice((1, 2))
+    other = others[verdict - 1]
     given = prompts.toy_judge(chain.query, a, b) + other.work
-    verdict = prompts.verdict_text(1 if target == a else 2)
     checked = comparison(a, other.value) + comparison(b, other.value)
-    return given, f"{checked}{END_THINK}{verdict}{END}"
+    return given, f"{checked}{END_THINK}{prompts.verdict_text(verdict)}{END}"
 
 
 def format_document(rng):

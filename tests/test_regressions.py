@@ -1,0 +1,81 @@
+"""Bugs that were, one test each."""
+
+import json
+
+import pytest
+import tiny
+from safetensors import SafetensorError
+from test_errors import SMALL, TRAINING, inputs, one_clear_line, tree  # noqa: F401
+from test_model import folder  # noqa: F401
+
+from nanorrm import checkpoint, metrics
+from nanorrm.config import JudgeConfig, UserError, load_preset
+from nanorrm.data import FileSource, Pair
+from nanorrm.model import Transformer
+
+
+@pytest.mark.parametrize("bytes_", [b"", b"not a checkpoint"])
+def test_damaged_checkpoint_is_named(inputs, cli, bytes_):  # noqa: F811
+    assert cli("train.py", "judge", *SMALL, "--name", "x")[0] == 0
+    next(inputs.glob("runs/x/checkpoint-*/state.pt")).write_bytes(bytes_)
+    resumed = cli("train.py", "judge", "--resume", "--name", "x", "--steps", 2)
+    one_clear_line(resumed, ["state.pt"])
+
+
+@pytest.mark.parametrize(("template", "word"), [("rmm", "rrm, toy"), ("rrm", "chat template")])
+def test_template_that_can_not_be_used_is_an_error_not_a_result(inputs, cli, template, word):  # noqa: F811
+    args = ["eval.py", "pairs", "--data", "good.jsonl", "--model", "toy", "--template", template]
+    one_clear_line(cli(*args), [word])
+
+
+def test_no_pairs_is_an_error(inputs, cli):  # noqa: F811
+    one_clear_line(cli("eval.py", "toy", "--pairs", 0, "--model", "toy"), ["pairs"])
+
+
+@pytest.mark.parametrize("kind", [SafetensorError, RuntimeError, KeyboardInterrupt])
+def test_failed_save_leaves_nothing_beside(folder, monkeypatch, kind):  # noqa: F811
+    def full_disk(tensors, path, **_):
+        raise kind("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(KeyboardInterrupt if kind is KeyboardInterrupt else UserError):
+        tiny.model(seed=1).save_pretrained(folder)
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.json", "[]"),
+        ("config.json", None),
+        ("model.safetensors.index.json", "{}"),
+        ("model.safetensors.index.json", "[]"),
+    ],
+)
+def test_json_of_the_wrong_shape_is_named(folder, name, text):  # noqa: F811
+    if text is None:
+        raw = json.loads((folder / name).read_text())
+        text = json.dumps({**raw, "hidden_size": "32"})
+    (folder / name).write_text(text)
+    with pytest.raises(UserError, match=name):
+        Transformer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("n", [1, 12, 24, 200])
+def test_wilson_of_all_reaches_one(n):
+    assert metrics.wilson(n, n)[1] == 1.0 and metrics.wilson(0, n)[0] == 0.0
+
+
+def test_first_batches_hold_each_pair_of_the_first_epoch():
+    source = FileSource([Pair(str(i), "a", "b", 1, str(i)) for i in range(10)], 0, 0.0)
+    seen = [pair.id for step in (1, 2) for pair in source.batch(step, 5)]
+    assert sorted(seen) == sorted(map(str, range(10)))
+
+
+@pytest.mark.parametrize(
+    ("text", "word"), [("[prompts]\nx = 1", "prompts"), ('max_think_tokens = "abc"', "int")]
+)
+def test_preset_that_does_not_fit_is_named(tmp_path, text, word):
+    (tmp_path / "p.toml").write_text(text)
+    with pytest.raises(UserError, match=word):
+        load_preset(JudgeConfig(), tmp_path / "p.toml")
