@@ -42,6 +42,7 @@ class Engine:
         self.pool = BlockPool(num_blocks)
         self.waiting, self.prefilling = deque(), []  # sequences; groups [leader, follower, ...]
         self.requests = 0  # how many were ever added
+        self.weights = None  # where the parameters were, and how often written, at the last request
         self.stats = dict.fromkeys(
             ("prompt_tokens", "cached_tokens", "new_tokens", "steps", "preemptions"), 0
         )
@@ -101,6 +102,7 @@ class Engine:
         if refusal := self.refusal(prompt, params):
             raise UserError(refusal)
         if not self.unfinished:
+            self._notice_new_weights()
             stop = params.stop_token_ids
             stop = tuple(self.model.config.eos_token_id) if stop is None else stop
             fused = self.config.fused_head
@@ -135,6 +137,7 @@ class Engine:
         self.stats["seconds"] += time.perf_counter() - began
         return finished
 
+    @torch.inference_mode()
     def abort(self, request):
         """Stop a request. Returns [(request, sample, Completion)] of its unfinished samples."""
         out = []
@@ -163,6 +166,14 @@ class Engine:
         return None
 
     # -- weights and memory, for training
+
+    def _notice_new_weights(self):
+        """A guard for callers who forget `sync`: drop the prefixes if a parameter was replaced or
+        written in place (writes through `.data` go unseen)."""
+        weights = [(p.data_ptr(), p._version) for p in self.model.parameters()]
+        if weights != self.weights:
+            self.pool.drop()
+            self.weights = weights
 
     @torch.no_grad()
     def sync(self, model=None):
@@ -341,7 +352,8 @@ class Engine:
         if members:
             rows.join(members)
             rows.lengths[n : rows.n] += 1
-        rows.extend(torch.cat(heads))
+        if rows.n:
+            rows.extend(torch.cat(heads))
         self.stats["new_tokens"] += rows.n
 
     def _fork(self, group):
@@ -350,7 +362,7 @@ class Engine:
         if followers and len(leader.prompt) % self.config.block_size:
             targets = [follower.blocks[-1] for follower in followers]
             for cache in self.cache:
-                cache[:, targets] = cache[:, leader.blocks[-1], None]
+                cache[:, targets] = cache[:, [leader.blocks[-1]] * len(targets)]
 
     # -- what is done
 
