@@ -82,6 +82,7 @@ def train_judge(cfg, run):
             warm = min(1.0, step / max(1, cfg.warmup_steps))
             set_learning_rate(optimizer, cfg.learning_rate * warm)
             update = policy_update(model, optimizer, questions, groups, advantages, cfg, reference)
+            engine.sync()  # the weights changed: no cached prefix may survive
             trained = time.perf_counter()
 
             # 6. log, evaluate, save

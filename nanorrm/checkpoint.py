@@ -28,7 +28,7 @@ SIZES = (
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED = {"toy": ASSETS / "toy_base", "toy-judge": ASSETS / "toy_judge"}
-ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM"}
+ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
 def resolve_model(name):
@@ -89,6 +89,8 @@ def read_config(folder):
             rope_theta=raw.get("rope_theta") or rope.get("rope_theta", 10000.0),
             max_position_embeddings=raw["max_position_embeddings"],
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            attention_bias=kind == "qwen2" or raw.get("attention_bias", False),
+            qk_norm=kind == "qwen3",
             eos_token_id=as_list(raw.get("eos_token_id")),
         )
     except KeyError as error:
@@ -101,9 +103,11 @@ def read_config(folder):
 
 def config_json(config, dtype):
     """ModelConfig -> the dictionary of config.json, with the names Hugging Face uses."""
+    kind = "qwen3" if config.qk_norm else "qwen2"
     return {
-        "architectures": [ARCHITECTURES["qwen2"]],
-        "model_type": "qwen2",
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
+        "attention_bias": config.attention_bias,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,

@@ -43,6 +43,8 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
     tie_word_embeddings: bool = False
+    attention_bias: bool = True  # biases on the query, key and value projections (Qwen2)
+    qk_norm: bool = False  # RMSNorm on every query and key head (Qwen3)
     eos_token_id: list[int] = field(default_factory=list)  # any of these ends a completion
 
 
@@ -54,10 +56,15 @@ class EngineConfig:
     num_blocks: int | None = None  # blocks in the pool; None: what cache_gib holds
     cache_gib: float = 1.0  # memory for keys and values, GiB, where num_blocks is not given
     max_batch: int = 512  # sequences decoded at once
-    max_prefill_tokens: int = 16384  # prompt tokens computed at once; a longer prompt goes alone
+    max_step_tokens: int = 8192  # tokens computed in a step; prompts are cut into chunks to fit
+    chunked_prefill: bool = True  # False: a prompt is computed whole, even beyond max_step_tokens
+    prefix_cache: bool = True  # find full blocks again that an earlier prompt has computed
+    cuda_graphs: bool = True  # on a GPU: record the decode step and replay it
+    fused_head: bool | None = None  # draw without logits in memory; None: on a GPU
+    read_every: int = 8  # with graphs: steps between looks at which sequences are done
 
     def __post_init__(self):
-        at_least(self, 1, "block_size", "max_batch", "max_prefill_tokens")
+        at_least(self, 1, "block_size", "max_batch", "max_step_tokens", "read_every")
         if self.num_blocks is not None:
             at_least(self, 1, "num_blocks")
 

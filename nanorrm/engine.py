@@ -1,79 +1,53 @@
-"""Generation: continuous batching over the paged cache.
+"""Generation: continuous batching with chunked prefill over a paged cache with prefix reuse.
 
-One request is a prompt and n samples. A prompt is computed once and its samples share its full
-blocks; each step decodes one token for every running sequence; finished ones leave, waiting ones
-join. When the pool runs out, the newest sequence gives its blocks back and is computed again later,
-losing nothing: its noise depends on its stream and positions only. Per-sequence state lives in
-tensors (`rows`), so that a step costs no Python loop over sequences.
+A request is a prompt and n samples. Its prompt is computed once, in chunks under the step's token
+budget, beside the sequences that decode; then the samples fork, sharing the prompt's full blocks.
+Each step gives every running sequence one token; finished ones leave, waiting ones join. When the
+pool runs out, the newest sequence gives its blocks back and is computed again later. Nothing is
+lost by that: a sequence's noise depends on its stream and positions only.
 """
 
+import time
 from collections import deque
-from dataclasses import dataclass, field
 from itertools import chain
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from nanorrm.cache import BlockPool
+from nanorrm.cache import BlockPool, block_names
 from nanorrm.checkpoint import resolve_model
 from nanorrm.config import EngineConfig, UserError
+from nanorrm.graphs import DecodeGraphs
 from nanorrm.model import Transformer
-from nanorrm.sampling import SamplingParams, draw, stream_id
+from nanorrm.rows import Rows
+from nanorrm.sampling import SamplingParams
+from nanorrm.sequence import Completion, Sequence
 from nanorrm.tokenizer import Tokenizer
 
 
-@dataclass
-class Completion:
-    """One sampled continuation. The lists run parallel, one entry per new token."""
-
-    ids: list[int]  # the end token included, if it was sampled
-    text: str  # without end token and stop string
-    logprobs: list[float]  # nats, of the distribution sampled from
-    raw_logprobs: list[float]  # nats, of the model at temperature 1
-    forced: list[bool]  # put there by the engine, never trained on
-    finish_reason: str  # "stop" | "length" | "abort"
-    think_tokens: int  # tokens of the thinking, tags not counted
-
-
-@dataclass
-class Sequence:
-    """A sample on its way: what the engine knows of it outside the tensors."""
-
-    prompt: list[int]
-    request: int
-    sample: int
-    stream: int
-    blocks: list[int] = field(default_factory=list)
-    done: dict = field(default_factory=dict)  # what was generated before a preemption, as rows
-
-    def __len__(self):
-        return len(self.prompt) + len(self.generated)
-
-    @property
-    def generated(self):
-        return self.done["ids"] if self.done else []
-
-
 class Engine:
-    """Generates for one model. `generate` is all that callers need; `stats` counts its work."""
+    """Generates for one model. `generate` is all that most callers need."""
 
     def __init__(self, model, tokenizer, config=None):
         """model: Transformer; tokenizer: Tokenizer; config: EngineConfig."""
         self.model, self.tokenizer = model, tokenizer
         self.config = config = config or EngineConfig()
         c, size = model.config, config.block_size
-        self.device = model.device
         per_block = 2 * c.num_hidden_layers * size * c.num_key_value_heads * c.head_dim
         per_block *= model.head.element_size()
         num_blocks = config.num_blocks or int(config.cache_gib * 2**30) // per_block
         # no more than every sequence of the largest batch at full context could fill
         num_blocks = min(num_blocks, config.max_batch * -(-c.max_position_embeddings // size))
-        shape = (c.num_hidden_layers, num_blocks, size, c.num_key_value_heads, c.head_dim)
-        self.cache = tuple(
-            torch.zeros(shape, dtype=model.head.dtype, device=self.device) for _ in range(2)
-        )
         self.pool = BlockPool(num_blocks)
-        self.stats = {"prompt_tokens": 0, "new_tokens": 0, "steps": 0, "preemptions": 0}
+        self.waiting, self.prefilling = deque(), []  # sequences; groups [leader, follower, ...]
+        self.requests = 0  # how many were ever added
+        self.weights = None  # where the parameters were, and how often written, at the last request
+        self.stats = dict.fromkeys(
+            ("prompt_tokens", "cached_tokens", "new_tokens", "steps", "preemptions"), 0
+        )
+        self.stats |= {"seconds": 0.0, "batch": 0, "kv_use": 0.0, "kv_use_max": 0.0}
+        self.wake()
 
     @classmethod
     def from_pretrained(cls, name, config=None):
@@ -83,9 +57,100 @@ class Engine:
         model = Transformer.from_pretrained(folder, device=device)
         return cls(model, Tokenizer.from_pretrained(folder), config)
 
-    def blocks_for(self, tokens):
-        """Blocks that hold so many tokens."""
-        return -(-tokens // self.config.block_size)
+    # -- generate: all at once
+
+    def generate(self, prompts, params=None, progress=None):
+        """prompts: lists of token ids -> for each prompt, a list of n Completions.
+
+        params: SamplingParams, or one for each prompt (they may differ in n, lengths and seed);
+        progress: label of a progress bar, or None. A completion depends on its prompt, params and
+        its place among the n, on nothing else in the batch. Raises UserError if a prompt does not
+        fit the context or the cache, before anything is generated.
+        """
+        params = params or SamplingParams()
+        each = params if isinstance(params, list) else [params] * len(prompts)
+        for i, (prompt, p) in enumerate(zip(prompts, each)):
+            if refusal := self.refusal(prompt, p):
+                raise UserError(f"request {i}: {refusal}")
+        # longest first: neighbours in a batch are of like lengths, and no straggler starts last
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]) - each[i].max_tokens)
+        place = {self.add(prompts[i], each[i]): i for i in order}
+        results = [[None] * p.n for p in each]
+        total = sum(p.n for p in each)
+        bar = tqdm(total=total, desc=progress, leave=False, disable=progress is None)
+        try:
+            while self.unfinished:
+                for request, sample, completion in self.step():
+                    results[place[request]][sample] = completion
+                    bar.update(1)
+        finally:  # interrupted: nothing may stay behind
+            for request in place:
+                self.abort(request)
+            bar.close()
+        return results
+
+    # -- request by request
+
+    @property
+    def unfinished(self):
+        """Whether anything waits or runs."""
+        return bool(self.waiting or self.prefilling or self.rows.n)
+
+    def add(self, prompt, params=None):
+        """Queue a request; returns its number. Raises UserError if it can never be served."""
+        params = params or SamplingParams()
+        if refusal := self.refusal(prompt, params):
+            raise UserError(refusal)
+        if not self.unfinished:
+            self._notice_new_weights()
+            stop = params.stop_token_ids
+            stop = tuple(self.model.config.eos_token_id) if stop is None else stop
+            fused = self.config.fused_head
+            fused = self.model.device.type == "cuda" if fused is None else fused
+            self.rows.configure(params, stop, fused)
+        elif params.shared() != self.rows.params.shared():
+            raise UserError("requests in flight together may differ in n, lengths and seed only")
+        number, self.requests = self.requests, self.requests + 1
+        self.waiting.extend(
+            Sequence(list(prompt), params, number, j, number * 2**20 + j) for j in range(params.n)
+        )
+        return number
+
+    @torch.inference_mode()
+    def step(self):
+        """One turn of the batch. Returns what finished: [(request, sample, Completion), ...]."""
+        began = time.perf_counter()
+        turns = self.config.read_every if self.graphs.usable and not self.rows.params.stop else 1
+        self._make_room(turns)
+        chunks = self._schedule()
+        if chunks:
+            self._mixed(chunks)
+        elif self.rows.n:
+            for _ in range(turns):
+                self._decode(turns)
+        finished = self._collect()
+        used = 1 - self.pool.free / len(self.pool)
+        self.stats["kv_use_max"] = max(self.stats["kv_use_max"], used)
+        self.stats["kv_use"] += used
+        self.stats["batch"] += self.rows.n + len(finished)
+        self.stats["steps"] += 1
+        self.stats["seconds"] += time.perf_counter() - began
+        return finished
+
+    @torch.inference_mode()
+    def abort(self, request):
+        """Stop a request. Returns [(request, sample, Completion)] of its unfinished samples."""
+        out = []
+        for s in [s for s in self.waiting if s.request == request]:
+            self.waiting.remove(s)
+            out.append((request, s.sample, self._completion(s, s.written, "abort", 0)))
+        for group in [g for g in self.prefilling if g[0].request == request]:
+            self.prefilling.remove(group)
+            for s in group:
+                self.pool.release(s.blocks)
+                out.append((request, s.sample, self._completion(s, s.written, "abort", 0)))
+        rows = [i for i, s in enumerate(self.rows.sequences) if s.request == request]
+        return out + self._finish(dict.fromkeys(rows, "abort"))
 
     def refusal(self, prompt, params):
         """Why a prompt can never be served with these parameters, or None."""
@@ -95,290 +160,260 @@ class Engine:
             return "the prompt is empty"
         if total > context:
             return f"{asked} exceeds the model's context of {context}"
-        if self.blocks_for(total) > len(self.pool.owners):
-            pool = len(self.pool.owners) * self.config.block_size
+        if self.blocks_for(total) > len(self.pool):
+            pool = len(self.pool) * self.config.block_size
             return f"{asked} exceeds the cache of {pool} tokens (cache_gib, num_blocks)"
         return None
 
-    @torch.inference_mode()
-    def generate(self, prompts, params=None, progress=None):
-        """prompts: lists of token ids -> for each prompt, a list of params.n Completions.
+    # -- weights and memory, for training
 
-        params: SamplingParams; progress: label of a progress bar, or None. A completion depends on
-        its prompt, params and its place among the n, on nothing else in the batch. Raises UserError
-        if a prompt does not fit the context or the cache, before anything is generated.
-        """
-        params = params or SamplingParams()
-        for i, prompt in enumerate(prompts):
-            if refusal := self.refusal(prompt, params):
-                raise UserError(f"request {i}: {refusal}")
-        self.params = params
-        self.stop_ids = params.stop_token_ids
-        if self.stop_ids is None:
-            self.stop_ids = tuple(self.model.config.eos_token_id)
-        self.stop_tensor = torch.tensor(self.stop_ids, dtype=torch.long, device=self.device)
-        # longest first: neighbours in a batch are of like lengths, and no straggler starts last
-        self.waiting = deque(
-            Sequence(prompts[i], i, j, stream_id(params.seed, prompts[i], j))
-            for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-            for j in range(params.n)
-        )
-        self.running, self.rows = [], {}
-        self.results = [[None] * params.n for _ in prompts]
-        bar = tqdm(total=len(self.waiting), desc=progress, leave=False, disable=progress is None)
-        try:
-            while self.waiting or self.running:
-                admitted = self._admit()
-                if admitted:
-                    self._prefill(admitted)
-                elif self.running:
-                    self._decode()
-                bar.update(self._retire())
-                self.stats["steps"] += 1
-        finally:  # interrupted: give every block back
-            for sequence in self.running:
-                self.pool.release(sequence.blocks)
-            self.running, self.rows = [], {}
-            bar.close()
-        return self.results
+    def _notice_new_weights(self):
+        """A guard for callers who forget `sync`: drop the prefixes if a parameter was replaced or
+        written in place (writes through `.data` go unseen)."""
+        weights = [(p.data_ptr(), p._version) for p in self.model.parameters()]
+        if weights != self.weights:
+            self.pool.drop()
+            self.weights = weights
+
+    @torch.no_grad()
+    def sync(self, model=None):
+        """The weights changed: copy them from `model` (None or our own: they are shared) and forget
+        every cached prefix."""
+        assert not self.unfinished, "sync while requests are in flight"
+        if model is not None and model is not self.model:
+            for ours, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
+                ours.copy_(theirs)
+        self.pool.drop()
+
+    def sleep(self):
+        """Give the memory of the cache back, until `wake`."""
+        assert not self.unfinished, "sleep while requests are in flight"
+        self.pool.drop()
+        self.cache = self.rows = self.graphs = None
+
+    def wake(self):
+        """Take the memory of the cache again."""
+        c = self.model.config
+        shape = (c.num_hidden_layers, len(self.pool), self.config.block_size)
+        shape += (c.num_key_value_heads, c.head_dim)
+        like = self.model.head
+        self.cache = tuple(torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in "kv")
+        capacity = self.config.max_batch
+        size = self.config.block_size
+        self.rows = Rows(self.model, self.tokenizer, self.cache, size, capacity)
+        self.graphs = DecodeGraphs(self.rows, self.config)
 
     # -- what runs next
 
-    def _admit(self):
-        """Move waiting sequences that fit to admitted groups [[leader, follower, ...], ...].
+    def blocks_for(self, tokens):
+        """Blocks that hold so many tokens."""
+        return -(-tokens // self.config.block_size)
 
-        A follower is a fresh sample of the leader's prompt: it shares the leader's full blocks and
-        gets its own copy of the last, partial one.
-        """
-        groups, tokens, count = [], 0, len(self.running)
-        reserve = count // self.config.block_size + 1  # blocks that running rows soon ask for
-        while self.waiting and count < self.config.max_batch:
-            sequence = self.waiting[0]
-            leader = groups[-1][0] if groups else sequence
-            follows = bool(groups) and leader.request == sequence.request
-            follows = follows and not (leader.done or sequence.done)
-            if groups and not follows and tokens + len(sequence) > self.config.max_prefill_tokens:
+    def _make_room(self, turns):
+        """Give every row the blocks its next `turns` tokens need; preempt the newest if short."""
+        rows, size = self.rows, self.config.block_size
+        while True:
+            ends = np.minimum(rows.lengths[: rows.n] + turns - 1, rows.totals[: rows.n])
+            lacking = -(-ends // size) - rows.held[: rows.n]
+            if lacking.sum() <= self.pool.free:
                 break
-            shared = leader.blocks[: len(leader.prompt) // self.config.block_size * follows]
-            need = self.blocks_for(len(sequence)) - len(shared)
-            if need + (reserve if count else 0) > self.pool.free:
-                break
-            self.pool.share(shared)
-            sequence.blocks = shared + self.pool.allocate(need)
-            if follows:
-                groups[-1].append(sequence)
-            else:
-                groups.append([sequence])
-                tokens += len(sequence)
-            self.waiting.popleft()
-            count += 1
-        return groups
+            self._preempt()
+        for row in lacking.nonzero()[0].tolist():
+            for block in self.pool.allocate(int(lacking[row])):
+                rows.add_block(row, block)
 
-    def _make_room(self):
-        """Give each row whose next token begins a block that block; preempt the newest if none."""
-        size = self.config.block_size
-        begins = (self.rows["length"] - 1) % size == 0  # that token is the first of a block
-        wanting = begins.nonzero()[:, 0].tolist()
-        while len(wanting) > self.pool.free:
-            last = len(self.running) - 1
-            self._preempt(last)
-            wanting = [r for r in wanting if r != last]
-        for row, block in zip(wanting, self.pool.allocate(len(wanting))):
-            blocks = self.running[row].blocks
-            self.rows["table"][row, len(blocks)] = block
-            blocks.append(block)
-
-    def _preempt(self, row):
-        """Take the last row out; it waits at the front with what it has generated so far."""
-        sequence = self.running[row]
-        self.pool.release(sequence.blocks)
-        sequence.blocks, sequence.done = [], self._written(row)
-        self.waiting.appendleft(sequence)
-        self._keep(list(range(row)))
+    def _preempt(self):
+        """Send the newest sequence, or group in prefill, back to the front of the queue."""
         self.stats["preemptions"] += 1
+        if self.prefilling:
+            group = self.prefilling.pop()
+        else:
+            row = max(range(self.rows.n), key=lambda i: self.rows.sequences[i].order)
+            group = [self.rows.sequences[row]]
+            group[0].written = self.rows.written(row)
+            self.rows.remove([row])
+        for s in reversed(group):
+            self.pool.release(s.blocks)
+            s.blocks, s.computed = [], 0
+            self.waiting.appendleft(s)
+
+    def _schedule(self):
+        """Chunks of prompts to compute in this step: [(group, end), ...], each from the leader's
+        `computed` to end. Decoding rows come first in the token budget."""
+        budget = self.config.max_step_tokens - self.rows.n
+        chunks = []
+        for group in self.prefilling:
+            budget -= self._chunk(group, budget, chunks)
+        while self.waiting and (budget > 0 or not (chunks or self.rows.n)):
+            group = self._admit(budget if chunks else None)
+            if group is None:
+                break
+            self.prefilling.append(group)
+            budget -= self._chunk(group, budget, chunks)
+        return chunks
+
+    def _chunk(self, group, budget, chunks):
+        """Append a group's next chunk if the budget allows one; returns its length."""
+        leader = group[0]
+        left = len(leader) - leader.computed
+        if self.config.chunked_prefill:
+            left = min(left, max(budget, 0))
+        elif left > budget and chunks:
+            return 0
+        if left:
+            chunks.append((group, leader.computed + left))
+        return left
+
+    def _admit(self, budget):
+        """Take the first waiting sequence, and the fresh samples of its prompt behind it, out of
+        the queue with all blocks they need now; None if there is no room."""
+        size, config = self.config.block_size, self.config
+        running = self.rows.n + sum(map(len, self.prefilling))
+        leader = self.waiting[0]
+        if running >= config.max_batch:
+            return None
+        if not config.chunked_prefill and budget is not None and len(leader) > budget:
+            return None
+        tokens, found = leader.tokens, []
+        if config.prefix_cache:
+            leader.names = block_names(tokens, size, self.pool.epoch)
+            # the last token is always computed: its hidden state draws the next one
+            found = self.pool.find(leader.names[: (len(tokens) - 1) // size])
+        self.pool.share(found)
+        spare = running // size + 1 if running else 0  # what running rows will soon ask for
+        need = self.blocks_for(len(tokens)) - len(found)
+        if need + spare > self.pool.free:
+            self.pool.release(found)
+            return None
+        leader.blocks = found + self.pool.allocate(need)
+        leader.computed = len(found) * size
+        self.stats["cached_tokens"] += leader.computed
+        group = [self.waiting.popleft()]
+        full, partial = divmod(len(leader.prompt), size)
+        while self.waiting and running + len(group) < config.max_batch:
+            s = self.waiting[0]
+            if s.request != leader.request or s.written or leader.written:
+                break
+            if bool(partial) + spare > self.pool.free:
+                break
+            self.pool.share(leader.blocks[:full])
+            s.blocks = leader.blocks[:full] + self.pool.allocate(bool(partial))
+            group.append(self.waiting.popleft())
+        return group
 
     # -- model steps
 
-    def _prefill(self, groups):
-        """Compute the leaders' tokens, copy partial blocks for followers, draw the first tokens."""
-        size, leaders = self.config.block_size, [group[0] for group in groups]
-        tokens = [leader.prompt + leader.generated for leader in leaders]
-        lengths = torch.tensor([len(t) for t in tokens])
+    def _decode(self, turns):
+        """One token for every row."""
+        rows = self.rows
+        width = self.blocks_for(int(rows.lengths[: rows.n].max()) + turns)
+        self.graphs.run(rows.n, min(width, rows.width))
+        rows.lengths[: rows.n] += 1
+        self.stats["new_tokens"] += rows.n
+
+    def _mixed(self, chunks):
+        """Chunks of prompts beside one token for every row."""
+        rows, size, device = self.rows, self.config.block_size, self.model.device
+        spans = [(group[0], group[0].computed, end) for group, end in chunks]
+        lengths = torch.tensor([end - start for _, start, end in spans])
+        ends = torch.tensor([end for *_, end in spans])
         cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.long), lengths.cumsum(0)))
-        tables = self._tables(leaders, max(len(leader.blocks) for leader in leaders))
-        positions = torch.cat([torch.arange(len(t)) for t in tokens])
-        owner = torch.repeat_interleave(torch.arange(len(leaders)), lengths)
+        width = self.blocks_for(int(ends.max()))
+        tables = [(s.blocks + [0] * width)[:width] for s, *_ in spans]
+        tables = torch.tensor(tables)
+        positions = torch.cat([torch.arange(start, end) for _, start, end in spans])
+        owner = torch.repeat_interleave(torch.arange(len(spans)), lengths)
         slots = tables[owner, positions // size] * size + positions % size
-        arguments = (positions, slots, tables, lengths, cu_seqlens)
-        hidden = self.model.forward_cached(
-            torch.tensor(list(chain.from_iterable(tokens))).to(self.device),
-            self.cache,
-            *(x.to(self.device) for x in arguments),
-        )
-        self.stats["prompt_tokens"] += len(hidden)
-        source, target = [], []
-        for leader, *followers in groups:
-            if followers and len(leader.prompt) % size:
-                source += [leader.blocks[-1]] * len(followers)
-                target += [follower.blocks[-1] for follower in followers]
-        if target:
+        ids = torch.tensor(list(chain.from_iterable(s.tokens[a:b] for s, a, b in spans)))
+        ids, positions, slots = (x.to(device) for x in (ids, positions, slots))
+        prefill = tuple(x.to(device) for x in (tables, cu_seqlens, ends))
+        decode, n = None, rows.n
+        if n:
+            wide = min(self.blocks_for(int(rows.lengths[:n].max())), rows.width)
+            last, position, slot, table, length = rows.inputs(n, wide)
+            decode = (table, length)
+            ids, positions, slots = (
+                torch.cat(pair) for pair in ((last, ids), (position, positions), (slot, slots))
+            )
+        hidden = self.model.forward_cached(ids, self.cache, positions, slots, decode, prefill)
+        self.stats["prompt_tokens"] += int(lengths.sum())
+        rows.lengths[:n] += 1
+        heads, members = [hidden[:n]], []
+        for (group, end), last in zip(chunks, (n - 1 + cu_seqlens[1:]).tolist()):
+            leader = group[0]
+            leader.computed = end
+            for block, name in zip(leader.blocks, leader.names[: end // size]):
+                self.pool.name(block, name)
+            if end == len(leader):
+                self.prefilling.remove(group)
+                members += group
+                heads.append(hidden[last : last + 1].expand(len(group), -1))
+                self._fork(group)
+        if members:
+            rows.join(members)
+            rows.lengths[n : rows.n] += 1
+        if rows.n:
+            rows.extend(torch.cat(heads))
+        self.stats["new_tokens"] += rows.n
+
+    def _fork(self, group):
+        """Give each follower its copy of the leader's last, partial block."""
+        leader, *followers = group
+        if followers and len(leader.prompt) % self.config.block_size:
+            targets = [follower.blocks[-1] for follower in followers]
             for cache in self.cache:
-                cache[:, target] = cache[:, source]
-        members = [sequence for group in groups for sequence in group]
-        self._join(members)
-        last = hidden[(cu_seqlens[1:] - 1).to(self.device)]  # [leaders, C]
-        repeats = torch.tensor([len(group) for group in groups], device=self.device)
-        first = len(self.running) - len(members)
-        self._extend(last.repeat_interleave(repeats, 0), slice(first, None))
+                cache[:, targets] = cache[:, [leader.blocks[-1]] * len(targets)]
 
-    def _decode(self):
-        """One token for every running sequence."""
-        self._make_room()
-        rows, size = self.rows, self.config.block_size
-        position = rows["length"] - 1  # of the token whose key and value are computed now
-        width = self.blocks_for(int(rows["length"].max()))
-        table = rows["table"][:, :width]
-        block = table.gather(1, (position // size)[:, None])[:, 0]
-        slots = block * size + position % size
-        hidden = self.model.forward_cached(
-            rows["last"], self.cache, position, slots, table, rows["length"]
-        )
-        self._extend(hidden, slice(None))
+    # -- what is done
 
-    def _extend(self, hidden, which):
-        """Draw the next token of some rows from their hidden states [B, C] and record it."""
-        rows = {name: tensor[which] for name, tensor in self.rows.items()}  # views
-        params, (_, end_think) = self.params, self.tokenizer.think_ids
-        forced = None
-        if params.max_think_tokens is not None and end_think is not None:
-            over = rows["thinking"] & (rows["think_tokens"] >= params.max_think_tokens)
-            forced = torch.where(over, end_think, -1)
-        logits = hidden @ self.model.head.T  # [B, V]
-        ids, logp, raw = draw(logits, params, rows["stream"], rows["length"], forced)
-        at = rows["count"][:, None]
-        rows["ids"].scatter_(1, at, ids[:, None])
-        if params.logprobs:
-            rows["logp"].scatter_(1, at, logp[:, None])
-            rows["raw"].scatter_(1, at, raw[:, None])
-        if forced is not None:
-            rows["forced"].scatter_(1, at, (forced >= 0)[:, None])
-        rows["last"].copy_(ids)
-        rows["count"] += 1
-        rows["length"] += 1
-        self._track_thinking(rows, ids)
-        self.stats["new_tokens"] += len(ids)
+    def _collect(self):
+        """Finish the rows that are done: [(request, sample, Completion), ...]."""
+        rows = self.rows
+        if not rows.n:
+            return []
+        done = rows.narrow["done"][: rows.n].nonzero()[:, 0].tolist()
+        reasons = dict.fromkeys(done)  # stop or length: the last id tells
+        texts = {}
+        if rows.params.stop:
+            texts = self._stop_strings()
+            reasons |= dict.fromkeys(texts, "stop")
+        return self._finish(reasons, texts)
 
-    def _track_thinking(self, rows, ids):
-        """Count the tokens between <think> and </think>."""
-        begin, end = self.tokenizer.think_ids
-        if end is None:
-            return
-        rows["thinking"] &= ids != end
-        rows["think_tokens"] += rows["thinking"]
-        if begin is not None:
-            rows["thinking"] |= ids == begin
-
-    # -- rows: one entry per running sequence in every tensor
-
-    def _tables(self, sequences, width):
-        """Block tables [B, width] of sequences, padded with block 0."""
-        return torch.tensor([s.blocks + [0] * (width - len(s.blocks)) for s in sequences])
-
-    def _join(self, members):
-        """Append rows for newly admitted sequences."""
-        B, N = len(members), self.params.max_tokens
-        longest = max(len(prompt) for prompt in (s.prompt for s in members))
-        width = self.blocks_for(longest + N)
-        begin, end = self.tokenizer.think_ids
-        zeros = torch.zeros
-        rows = {
-            "table": self._tables(members, width),
-            "length": torch.tensor([len(s) for s in members]),
-            "count": torch.tensor([len(s.generated) for s in members]),
-            "last": zeros(B, dtype=torch.long),
-            "stream": torch.tensor([s.stream for s in members]),
-            "thinking": torch.tensor([inside_thinking(s.prompt, begin, end) for s in members]),
-            "think_tokens": zeros(B, dtype=torch.long),
-            "ids": zeros(B, N, dtype=torch.long),
-            "logp": zeros(B, N),
-            "raw": zeros(B, N),
-            "forced": zeros(B, N, dtype=torch.bool),
-        }
-        for row, sequence in enumerate(members):
-            for name, value in sequence.done.items():
-                if rows[name].dim() == 2:
-                    rows[name][row, : len(value)] = torch.tensor(value)
-                else:
-                    rows[name][row] = value
-            sequence.done = {}
-        rows = {name: tensor.to(self.device) for name, tensor in rows.items()}
-        if self.rows:
-            wide = max(width, self.rows["table"].shape[1])
-            for part in (self.rows, rows):
-                missing = wide - part["table"].shape[1]
-                part["table"] = torch.nn.functional.pad(part["table"], (0, missing))
-            rows = {name: torch.cat((self.rows[name], rows[name])) for name in rows}
-        self.rows = rows
-        self.running += members
-
-    def _keep(self, kept):
-        """Drop all rows but these."""
-        self.running = [self.running[row] for row in kept]
-        index = torch.tensor(kept, dtype=torch.long, device=self.device)
-        self.rows = {name: t[index] for name, t in self.rows.items()} if kept else {}
-
-    def _written(self, row):
-        """What a row has generated so far, as plain numbers."""
-        count = int(self.rows["count"][row])
-        out = {name: self.rows[name][row, :count].tolist() for name in ("ids", "logp", "raw")}
-        out["forced"] = self.rows["forced"][row, :count].tolist()
-        out["thinking"] = bool(self.rows["thinking"][row])
-        out["think_tokens"] = int(self.rows["think_tokens"][row])
+    def _finish(self, reasons, texts=None):
+        """Turn rows {row: finish reason, None to be told by the last id} into Completions."""
+        out, rows = [], self.rows
+        for row, reason in reasons.items():
+            s, written = rows.sequences[row], rows.written(row)
+            ended = bool(torch.isin(rows.narrow["last"][row], rows.stop_ids))
+            reason = reason or ("stop" if ended else "length")
+            think = int(rows.narrow["think_tokens"][row])
+            completion = self._completion(s, written, reason, think, ended)
+            if texts and row in texts:
+                completion.text = texts[row]
+            out.append((s.request, s.sample, completion))
+            self.pool.release(s.blocks)
+        rows.remove(list(reasons))
         return out
 
-    def _retire(self):
-        """Finish the rows that are done, free their blocks; returns how many."""
-        rows = self.rows
-        if not rows:
-            return 0
-        stopped = torch.isin(rows["last"], self.stop_tensor)
-        done = stopped | (rows["count"] >= self.params.max_tokens)
-        cut = self._stop_strings() if self.params.stop else {}
-        finished = sorted(set(done.nonzero()[:, 0].tolist()) | set(cut))
-        for row in finished:
-            sequence, out = self.running[row], self._written(row)
-            ended = bool(stopped[row])
-            ids = out["ids"]
-            self.results[sequence.request][sequence.sample] = Completion(
-                ids=ids,
-                text=cut[row] if row in cut else self.tokenizer.decode(ids[:-1] if ended else ids),
-                logprobs=out["logp"] if self.params.logprobs else [],
-                raw_logprobs=out["raw"] if self.params.logprobs else [],
-                forced=out["forced"],
-                finish_reason="stop" if ended or row in cut else "length",
-                think_tokens=out["think_tokens"],
-            )
-            self.pool.release(sequence.blocks)
-        if finished:
-            gone = set(finished)
-            self._keep([row for row in range(len(self.running)) if row not in gone])
-        return len(finished)
+    def _completion(self, sequence, written, reason, think, ended=False):
+        ids = written.get("ids", [])
+        logprobs = sequence.params.logprobs
+        return Completion(
+            ids=ids,
+            text=self.tokenizer.decode(ids[:-1] if ended else ids),
+            logprobs=written.get("logp", []) if logprobs else [],
+            raw_logprobs=written.get("raw", []) if logprobs else [],
+            forced=written.get("forced", []),
+            finish_reason=reason,
+            think_tokens=think,
+        )
 
     def _stop_strings(self):
         """{row: text before the stop string} of the rows whose text now holds one."""
         found = {}
-        for row in range(len(self.running)):
-            count = int(self.rows["count"][row])
-            text = self.tokenizer.decode(self.rows["ids"][row, :count].tolist())
-            places = [text.find(stop) for stop in self.params.stop if stop in text]
+        for row in range(self.rows.n):
+            text = self.tokenizer.decode(self.rows.written(row)["ids"])
+            places = [text.find(stop) for stop in self.rows.params.stop if stop in text]
             if places:
                 found[row] = text[: min(places)]
         return found
-
-
-def inside_thinking(prompt, begin, end):
-    """Whether a prompt (ids) ends between <think> and </think>."""
-    for token in reversed(prompt):
-        if token in (begin, end):
-            return token == begin and begin is not None
-    return False

@@ -1,4 +1,4 @@
-"""A decoder-only transformer as Qwen2 has it: RMSNorm, RoPE, grouped heads, SwiGLU.
+"""A decoder-only transformer as Qwen2 and Qwen3 have it: RMSNorm, RoPE, grouped heads, SwiGLU.
 
 Parameters carry the names of Hugging Face checkpoints, so a folder loads without a mapping. The
 layers do not know where keys and values come from: they call `attend(layer, q, k, v)`, and the two
@@ -31,16 +31,18 @@ class Attention(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.head_dim = c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=True)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=True)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=True)
+        self.head_dim, bias = c.head_dim, c.attention_bias
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x, attend, layer):
         T = len(x)
-        q = self.q_proj(x).view(T, -1, self.head_dim)  # [T, C] -> [T, Hq, D]
-        k = self.k_proj(x).view(T, -1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).view(T, -1, self.head_dim))  # [T, C] -> [T, Hq, D]
+        k = self.k_norm(self.k_proj(x).view(T, -1, self.head_dim))
         v = self.v_proj(x).view(T, -1, self.head_dim)
         return self.o_proj(attend(layer, q, k, v).reshape(T, -1))
 
@@ -134,22 +136,28 @@ class Transformer(nn.Module):
 
         return self.model(ids, attend)
 
-    def forward_cached(self, ids, cache, positions, slots, block_tables, seq_lens, cu_seqlens=None):
+    def forward_cached(self, ids, cache, positions, slots, decode=None, prefill=None):
         """New tokens against the paged cache, which they are written to. ids [T] -> hidden [T, C].
 
         cache: (k, v), each [layers, num_blocks, block_size, Hkv, D]; positions [T]; slots [T]
-        (where each token's key and value go); block_tables [B, M]; seq_lens [B] with the new
-        tokens counted. cu_seqlens [B+1] bounds each sequence's new tokens; None means decoding,
-        one new token each (T = B).
+        (where each token's key and value go, negative: nowhere). The tokens are those of decoding
+        sequences, one each, then those of sequences in prefill, packed. Each kind brings what its
+        attention needs (None: there is none of it):
+        decode: (block_tables [B, M], seq_lens [B]);
+        prefill: (block_tables [B, M], cu_seqlens [B+1], seq_lens [B]).
         """
         k_cache, v_cache = cache
+        n = 0 if decode is None else len(decode[1])
 
         def attend(layer, q, k, v):
             pages = k_cache[layer], v_cache[layer]
             q = kernels.rope_write(q, k, v, self.cos, self.sin, positions, *pages, slots)
-            if cu_seqlens is None:
-                return kernels.paged_attention(q, *pages, block_tables, seq_lens)
-            return kernels.paged_prefill(q, *pages, block_tables, cu_seqlens, seq_lens)
+            if prefill is None:
+                return kernels.paged_attention(q, *pages, *decode)
+            out = kernels.paged_prefill(q[n:], *pages, *prefill)
+            if n:
+                out = torch.cat((kernels.paged_attention(q[:n], *pages, *decode), out))
+            return out
 
         return self.model(ids, attend)
 

@@ -7,7 +7,7 @@ cumulative distribution in vocabulary order.
 
 import hashlib
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,6 +28,7 @@ class SamplingParams:
     max_think_tokens: int | None = None  # then the engine writes </think> itself
     stop: tuple[str, ...] = ()  # strings that end a completion; not part of its text
     stop_token_ids: tuple[int, ...] | None = None  # None: the model's own end tokens
+    answer_slots: tuple[tuple[int, ...], ...] = ()  # token ids allowed at each place after </think>
     seed: int = 0
     logprobs: bool = True  # record log-probs of the drawn tokens
 
@@ -40,10 +41,15 @@ class SamplingParams:
             "min_p": 0 <= self.min_p <= 1,
             "max_tokens": self.max_tokens >= 1,
             "max_think_tokens": self.max_think_tokens is None or self.max_think_tokens >= 0,
+            "answer_slots": all(self.answer_slots),
         }
         for name, fine in checks.items():
             if not fine:
                 raise UserError(f"SamplingParams: {name}={getattr(self, name)} is out of range")
+
+    def shared(self):
+        """What all requests in flight together must agree on: all but n, lengths and seed."""
+        return replace(self, n=1, max_tokens=1, max_think_tokens=None, seed=0)
 
 
 def stream_id(seed, prompt, index):
@@ -67,15 +73,18 @@ def truncate(probs, params):
     return probs
 
 
-def draw(logits, params, stream, position, forced=None):
+def draw(logits, params, stream, position, forced=None, allowed=None):
     """Draw one token per row.
 
     logits [B, V]; stream, position [B] int64; forced [B] int64 or None: a token id to take instead
-    of a draw, -1 for none. Returns ids [B], logp [B] and raw_logp [B] in nats, fp32: logp is of the
-    distribution drawn from (temperature and truncation applied; greedy: temperature 1; a forced
-    token: 0), raw_logp of the model's own at temperature 1.
+    of a draw, -1 for none; allowed [B, V] bool or None: tokens that may be drawn.
+    Returns ids [B], logp [B] and raw_logp [B] in nats, fp32: logp is of the distribution drawn from
+    (temperature and truncation applied; greedy: temperature 1; a forced token: 0), raw_logp of the
+    model's own at temperature 1.
     """
-    logits = logits.float()
+    logits = own = logits.float()
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, float("-inf"))
     if params.temperature == 0:
         ids, probs = logits.argmax(-1), None
     else:
@@ -89,9 +98,9 @@ def draw(logits, params, stream, position, forced=None):
         ids = torch.where(forced >= 0, forced, ids)
     if not params.logprobs:
         return ids, None, None
-    raw = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    raw = own.log_softmax(-1).gather(1, ids[:, None])[:, 0]
     if probs is None:
-        logp = raw
+        logp = raw if allowed is None else logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
     else:
         logp = (probs.gather(1, ids[:, None]) / total[:, -1:])[:, 0].log()
     if forced is not None:

@@ -1,0 +1,210 @@
+"""Measure the engine: `python -m nanorrm.bench engine`.
+
+Rollouts as training has them: groups of 8 per prompt whose lengths vary a lot (lognormal, mean 60,
+cut at 256, fixed in advance so that everyone generates the same). Only useful tokens count: what a
+request asked for, not what a batch computes beside it. Everything runs in one process, one after
+another on the same model, so that the ratios mean something on a noisy machine.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nanorrm import toy
+from nanorrm.config import EngineConfig, ModelConfig, UserError, fail, parse_command
+from nanorrm.engine import Engine
+from nanorrm.model import Transformer
+from nanorrm.sampling import SamplingParams
+
+# Shapes by name: hidden, intermediate, layers, query heads, key heads, head size, vocabulary, tied.
+SHAPES = {
+    "toy": (64, 160, 3, 2, 2, 32, 261, True),
+    "10M": (384, 1024, 6, 6, 2, 64, 261, True),
+    "0.5B": (896, 4864, 24, 14, 2, 64, 151936, True),
+    "1.5B": (1536, 8960, 28, 12, 2, 128, 151936, True),
+    "7B": (3584, 18944, 28, 28, 4, 128, 152064, False),
+}
+
+
+@dataclass
+class EngineBench:
+    """Rollout throughput beside installed peers, in one run."""
+
+    models: str = ""  # shapes, comma-separated; empty: toy,10M on a CPU, 0.5B,1.5B,7B on a GPU
+    prompts: int = 48  # prompts, each with a group of 8
+    prompt_tokens: int = 64  # length of a prompt, about
+    mean: float = 60.0  # mean of the response lengths, tokens
+    longest: int = 256  # responses are cut there
+    batches: str = "16,32,64,128"  # batch sizes a peer may choose from; its best one counts
+    peers: bool = True  # also run transformers' generate and generate_batch
+    repeats: int = 3  # runs of ours; the median counts
+    threads: int = 0  # CPU threads of torch; 0: its own choice
+    json: str | None = None  # also write the rows to this file
+
+
+def build(name, device):
+    """A random-weight model of a named shape; its entropy is not trivial, nothing ever stops it."""
+    hidden, inter, layers, heads, kv, dim, vocab, tied = SHAPES[name]
+    config = ModelConfig(
+        vocab, hidden, inter, layers, heads, kv, dim, 4096, tie_word_embeddings=tied
+    )  # fmt: skip
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = Transformer(config).init_weights(0)
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    return model.to(device)
+
+
+def workload(cfg, vocab):
+    """(prompts, lengths of the 8 responses of each), the same for everyone."""
+    generator = torch.Generator().manual_seed(0)
+    sigma = 0.8
+    mu = torch.tensor(cfg.mean).log() - sigma**2 / 2
+    low = cfg.prompt_tokens // 2
+    sizes = torch.randint(low, 3 * low + 1, (cfg.prompts,), generator=generator).tolist()
+    words = min(vocab, 256)
+    prompts = [torch.randint(words, (n,), generator=generator).tolist() for n in sizes]
+    draws = torch.randn(cfg.prompts, 8, generator=generator) * sigma + mu
+    return prompts, draws.exp().round().clamp(1, cfg.longest).long().tolist()
+
+
+def time_ours(model, prompts, lengths, repeats, **settings):
+    """Seconds (median) for all requests, and the engine's counters of the last run."""
+    tokenizer = toy.make_tokenizer()
+    engine = Engine(model, tokenizer, EngineConfig(max_batch=384, **settings))
+    seconds = []
+    for repeat in range(repeats + 1):  # the first one warms up
+        engine.sync()  # no prefix left over from the run before
+        asked = [
+            (prompt, SamplingParams(max_tokens=n, stop_token_ids=(), seed=8 * repeat + j))
+            for prompt, group in zip(prompts, lengths)
+            for j, n in enumerate(group)
+        ]
+        for name in engine.stats:
+            engine.stats[name] = 0
+        began = time.perf_counter()
+        out = engine.generate([p for p, _ in asked], [s for _, s in asked])
+        seconds.append(time.perf_counter() - began)
+        assert [len(c.ids) for (c,) in out] == [n for group in lengths for n in group]
+    return sorted(seconds[1:])[repeats // 2], engine.stats
+
+
+def to_transformers(model, folder):
+    """The same weights as a transformers model."""
+    from transformers import AutoModelForCausalLM
+
+    model.save_pretrained(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=model.head.dtype)
+    theirs.generation_config.eos_token_id = None
+    theirs.generation_config.pad_token_id = 0
+    return theirs.to(model.device).eval()
+
+
+@torch.inference_mode()
+def time_generate(theirs, prompts, lengths, batch):
+    """Seconds of transformers' generate in batches of requests sorted by prompt length."""
+    asked = [(p, n) for p, group in zip(prompts, lengths) for n in group]
+    asked.sort(key=lambda request: len(request[0]))
+    began = time.perf_counter()
+    for start in range(0, len(asked), batch):
+        part = asked[start : start + batch]
+        width = max(len(p) for p, _ in part)
+        ids = torch.tensor([[0] * (width - len(p)) + p for p, _ in part])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p, _ in part])
+        theirs.generate(
+            ids.to(theirs.device),
+            attention_mask=mask.to(theirs.device),
+            do_sample=True,
+            max_new_tokens=max(n for _, n in part),
+        )
+    return time.perf_counter() - began
+
+
+def time_generate_batch(theirs, prompts, lengths):
+    """Seconds of transformers' continuous batching; it takes one length for all requests."""
+    from transformers import GenerationConfig
+
+    longest = max(map(max, lengths))
+    config = GenerationConfig(
+        max_new_tokens=longest, do_sample=True, eos_token_id=-1, pad_token_id=0
+    )
+    began = time.perf_counter()
+    theirs.generate_batch(
+        inputs=[p for p, group in zip(prompts, lengths) for _ in group], generation_config=config
+    )
+    return time.perf_counter() - began
+
+
+def bench_engine(cfg):
+    """Print one line per model and way of generating; ratios are to the best peer."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    names = cfg.models or ("0.5B,1.5B,7B" if device == "cuda" else "toy,10M")
+    rows = []
+    about = (
+        torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    )
+    print(f"{device}, {about}, torch {torch.__version__}")
+    for name in names.split(","):
+        if name not in SHAPES:
+            raise UserError(f"models: {name!r} is not one of {', '.join(SHAPES)}")
+        model = build(name, device)
+        prompts, lengths = workload(cfg, model.config.vocab_size)
+        useful = sum(map(sum, lengths))
+        size = sum(p.numel() for p in model.parameters())
+        print(f"\n{name}: {size / 1e6:.2f}M parameters, {useful} useful tokens")
+
+        def line(how, seconds, note="", model=name, useful=useful):
+            rows.append(
+                {"model": model, "how": how, "tokens_per_s": useful / seconds, "note": note}
+            )
+            print(f"  {how:34s} {useful / seconds:10.0f} tok/s  {note}", flush=True)
+
+        seconds, stats = time_ours(model, prompts, lengths, cfg.repeats)
+        line("nanorrm", seconds, f"{stats['steps']} steps, {stats['cached_tokens']} tokens cached")
+        unshared, _ = time_ours(model, prompts, lengths, cfg.repeats, prefix_cache=False)
+        line("nanorrm, prompts not shared", unshared)
+        if cfg.peers:
+            peers(cfg, model, prompts, lengths, line)
+            best = max(r["tokens_per_s"] for r in rows[-3:] if r["how"].startswith("transformers"))
+            print(f"  nanorrm / best of transformers: {useful / seconds / best:.1f}x")
+    if cfg.json:
+        Path(cfg.json).write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def peers(cfg, model, prompts, lengths, line):
+    """Run what is installed of the peers; name what is not."""
+    import tempfile
+
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            theirs = to_transformers(model, Path(folder) / "model")
+    except ImportError:
+        print("  transformers: not installed")
+        return
+    times = {
+        b: time_generate(theirs, prompts, lengths, b) for b in map(int, cfg.batches.split(","))
+    }
+    best = min(times, key=times.get)
+    line("transformers generate", times[best], f"batch {best}, the best of {cfg.batches}")
+    try:
+        line("transformers generate_batch", time_generate_batch(theirs, prompts, lengths))
+    except Exception as error:
+        print(f"  transformers generate_batch: failed ({type(error).__name__}: {error})")
+    for package in ("vllm", "nanovllm"):
+        print(f"  {package}: not measured here")
+
+
+COMMANDS = {"engine": (EngineBench, bench_engine)}
+
+if __name__ == "__main__":
+    try:
+        name, cfg = parse_command(COMMANDS, __doc__, sys.argv[1:])
+        COMMANDS[name][1](cfg)
+    except UserError as error:
+        fail(error)
