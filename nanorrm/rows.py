@@ -176,14 +176,15 @@ class Rows:
         r["count"] += alive
         r["length"] += alive
         r["answered"] += alive & (r["answered"] >= 0)
+        stops = torch.isin(ids, self.stop_ids)
         if self.end_think is not None:
             closes = alive & (ids == self.end_think)
             r["thinking"] &= ~closes
-            r["think_tokens"] += alive & r["thinking"]
+            r["think_tokens"] += alive & r["thinking"] & ~stops
             r["answered"].masked_fill_(closes, 0)
             if self.begin_think is not None:
                 r["thinking"] |= alive & (ids == self.begin_think)
-        r["done"] |= torch.isin(ids, self.stop_ids) | (r["count"] >= r["limit"])
+        r["done"] |= stops | (r["count"] >= r["limit"])
 
     def _constraints(self, r):
         """Tokens the engine decides: forced ids [n] (-1: none) or None, allowed [n, V] or None."""

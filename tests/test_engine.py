@@ -8,9 +8,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import kernels
 from nanorrm import packing, prompts, toy
 from nanorrm.config import UserError
-from nanorrm.engine import inside_thinking
 from nanorrm.model import Transformer
 from nanorrm.sampling import SamplingParams
+from nanorrm.sequence import Sequence
 
 THINK, END_THINK = 256, 257  # ids of the toy tokenizer
 MIXED = SamplingParams(n=3, temperature=0.7, max_tokens=24, seed=5)
@@ -121,7 +121,14 @@ def test_block_size_does_not_matter(tokenizer, random_engine, asked, wanted, siz
 
 @pytest.mark.parametrize(
     "limits",
-    [{"max_batch": 2}, {"max_batch": 5}, {"max_prefill_tokens": 1}, {"max_prefill_tokens": 50}],
+    [
+        {"max_batch": 2},
+        {"max_batch": 5},
+        {"max_step_tokens": 1},
+        {"max_step_tokens": 50},
+        {"max_step_tokens": 50, "chunked_prefill": False},
+        {"prefix_cache": False},
+    ],
     ids=str,
 )
 def test_limits_do_not_matter(tokenizer, random_engine, asked, wanted, limits):
@@ -319,13 +326,13 @@ def test_thinking_opened_by_the_model_is_counted(tokenizer, monkeypatch):
     """Models whose prompt does not open the thinking write <think> themselves."""
     script = [65, THINK, 66, 67, 68, END_THINK, 69, 70]
 
-    def scripted(logits, params, stream, position, forced=None):
+    def scripted(logits, params, stream, position, forced=None, allowed=None):
         ids = torch.tensor([script[int(position[0]) - 3]])  # the prompt has 3 tokens
         if forced is not None:
             ids = torch.where(forced >= 0, forced, ids)
         return ids, torch.zeros(1), torch.zeros(1)
 
-    monkeypatch.setattr("nanorrm.engine.draw", scripted)
+    monkeypatch.setattr("nanorrm.rows.draw", scripted)
     engine = tiny.engine(tokenizer, tiny.model())
     free = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=8))[0][0]
     assert free.ids == script and free.think_tokens == 3
@@ -347,13 +354,10 @@ def test_thinking_opened_by_the_model_is_counted(tokenizer, monkeypatch):
         ([9], False),
     ],
 )
-def test_inside_thinking(prompt, inside):
-    assert inside_thinking(prompt, 8, 9) is inside
-
-
-def test_models_without_think_tokens_think_nothing():
-    assert not inside_thinking([1, 2, 3], None, None)
-    assert not inside_thinking([1, 9, 3], None, 9)
+def test_a_row_starts_inside_the_thinking_its_prompt_left_open(prompt, inside):
+    s = Sequence(prompt, SamplingParams(), request=0, sample=0, order=0)
+    assert s.started(8, 9)["thinking"] is inside
+    assert s.started(None, None)["thinking"] is False
 
 
 # -- how completions end

@@ -129,9 +129,9 @@ def test_cached_forward_equals_packed(size):
         positions = torch.cat([torch.arange(f, e) for f, e in zip(first, last)])
         owner = torch.repeat_interleave(torch.arange(B), cu.diff())
         slots = tables[owner, positions // size] * size + positions % size
-        out = model.forward_cached(
-            ids, cache, positions, slots, tables, torch.tensor(last), None if decode else cu
-        )
+        ends = torch.tensor(last)
+        attends = {"decode": (tables, ends)} if decode else {"prefill": (tables, cu, ends)}
+        out = model.forward_cached(ids, cache, positions, slots, **attends)
         for b in range(B):
             got = out[cu[b] : cu[b + 1]]
             at = int(bounds[b])

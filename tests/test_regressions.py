@@ -4,6 +4,7 @@ import json
 
 import pytest
 import tiny
+import torch
 from safetensors import SafetensorError
 from test_errors import SMALL, TRAINING, inputs, one_clear_line, tree  # noqa: F401
 from test_model import folder  # noqa: F401
@@ -12,6 +13,7 @@ from nanorrm import checkpoint, metrics
 from nanorrm.config import JudgeConfig, UserError, load_preset
 from nanorrm.data import FileSource, Pair
 from nanorrm.model import Transformer
+from nanorrm.sampling import SamplingParams
 
 
 @pytest.mark.parametrize("bytes_", [b"", b"not a checkpoint"])
@@ -79,3 +81,24 @@ def test_preset_that_does_not_fit_is_named(tmp_path, text, word):
     (tmp_path / "p.toml").write_text(text)
     with pytest.raises(UserError, match=word):
         load_preset(JudgeConfig(), tmp_path / "p.toml")
+
+
+def test_no_block_leaks_when_prefill_raises(tokenizer, monkeypatch):
+    engine = tiny.engine(tokenizer, tiny.model(), block_size=4)
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine.model, "forward_cached", fails)
+    with pytest.raises(RuntimeError):
+        engine.generate(tiny.prompts(10), SamplingParams(max_tokens=8))
+    assert engine.pool.free == len(engine.pool.owners)
+
+
+def test_end_token_inside_the_thinking_is_not_thinking(tokenizer, monkeypatch):
+    def scripted(logits, params, stream, position, forced=None, allowed=None):
+        return torch.tensor([[65, 260][int(position[0]) - 2]]), torch.zeros(1), torch.zeros(1)
+
+    monkeypatch.setattr("nanorrm.rows.draw", scripted)
+    out = tiny.engine(tokenizer, tiny.model()).generate([[1, 256]], SamplingParams(max_tokens=5))
+    assert out[0][0].ids == [65, 260] and out[0][0].think_tokens == 1

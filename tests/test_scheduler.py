@@ -1,6 +1,6 @@
-"""The engine's bookkeeping driven at random: nothing leaks, nothing is owned twice, nobody waits forever.
+"""The engine's bookkeeping driven at random: nothing leaks, nothing is owned twice, all finish.
 
-The model is a stand-in whose hidden states are random numbers, so that thousands of steps are quick.
+The model is a stand-in whose hidden states mean nothing, so that thousands of steps are quick.
 """
 
 from collections import Counter
