@@ -65,7 +65,9 @@ def train_judge(cfg, run):
                 max_think_tokens=cfg.max_think_tokens,
                 seed=cfg.seed * 1_000_003 + step,
             )
+            engine.report()  # forget the work of evaluations
             groups = engine.generate(questions, sampling)  # [P][G] completions
+            work = engine.report()
             rolled = time.perf_counter()
 
             # 3. rewards: read each verdict, compare it with the label
@@ -89,7 +91,7 @@ def train_judge(cfg, run):
             minutes += (trained - began) / 60
             times = {"rollout": rolled - began, "train": trained - rolled}
             stats = {**metrics.rollout_stats(graded, groups), **update}
-            stats |= metrics.speeds(questions, groups, times)
+            stats |= metrics.speeds(questions, groups, times) | work
             out_of_time = cfg.max_minutes and minutes >= cfg.max_minutes
             last = step == cfg.steps or out_of_time or interrupt.asked
             if step % cfg.eval_every == 0 or last:

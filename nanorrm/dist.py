@@ -4,6 +4,7 @@ Each rank has its own engine and weights. Since a completion depends on its prom
 only, the ranks can split the prompts any way they like and the result is the same.
 """
 
+import atexit
 import os
 
 import torch
@@ -14,6 +15,7 @@ def init():
     """Join the process group that torchrun describes; nothing to do in a single process."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(dist.destroy_process_group)  # or the ranks abort one another on leaving
 
 
 def rank():

@@ -25,6 +25,19 @@ from nanorrm.sampling import SamplingParams
 from nanorrm.sequence import Completion, Sequence
 from nanorrm.tokenizer import Tokenizer
 
+STATS = (
+    "steps",
+    "seconds",
+    "host_seconds",
+    "prompt_tokens",
+    "cached_tokens",
+    "new_tokens",
+    "preemptions",
+    "rows",  # summed over steps, as is kv_use
+    "kv_use",
+    "kv_use_max",
+)
+
 
 class Engine:
     """Generates for one model. `generate` is all that most callers need."""
@@ -43,10 +56,7 @@ class Engine:
         self.waiting, self.prefilling = deque(), []  # sequences; groups [leader, follower, ...]
         self.requests = 0  # how many were ever added
         self.weights = None  # where the parameters were, and how often written, at the last request
-        self.stats = dict.fromkeys(
-            ("prompt_tokens", "cached_tokens", "new_tokens", "steps", "preemptions"), 0
-        )
-        self.stats |= {"seconds": 0.0, "batch": 0, "kv_use": 0.0, "kv_use_max": 0.0}
+        self.stats = dict.fromkeys(STATS, 0)
         self.wake()
 
     @classmethod
@@ -74,11 +84,13 @@ class Engine:
                 raise UserError(f"request {i}: {refusal}")
         # longest first: neighbours in a batch are of like lengths, and no straggler starts last
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]) - each[i].max_tokens)
-        place = {self.add(prompts[i], each[i]): i for i in order}
+        place = {}  # request number -> index of the prompt
         results = [[None] * p.n for p in each]
         total = sum(p.n for p in each)
         bar = tqdm(total=total, desc=progress, leave=False, disable=progress is None)
         try:
+            for i in order:
+                place[self.add(prompts[i], each[i])] = i
             while self.unfinished:
                 for request, sample, completion in self.step():
                     results[place[request]][sample] = completion
@@ -119,23 +131,48 @@ class Engine:
     @torch.inference_mode()
     def step(self):
         """One turn of the batch. Returns what finished: [(request, sample, Completion), ...]."""
-        began = time.perf_counter()
+        clock = [time.perf_counter()]
         turns = self.config.read_every if self.graphs.usable and not self.rows.params.stop else 1
         self._make_room(turns)
         chunks = self._schedule()
+        clock.append(time.perf_counter())
         if chunks:
             self._mixed(chunks)
         elif self.rows.n:
             for _ in range(turns):
                 self._decode(turns)
-        finished = self._collect()
-        used = 1 - self.pool.free / len(self.pool)
-        self.stats["kv_use_max"] = max(self.stats["kv_use_max"], used)
-        self.stats["kv_use"] += used
-        self.stats["batch"] += self.rows.n + len(finished)
-        self.stats["steps"] += 1
-        self.stats["seconds"] += time.perf_counter() - began
+        done = self.rows.narrow["done"][: self.rows.n].nonzero()[:, 0].tolist()  # waits for a GPU
+        clock.append(time.perf_counter())
+        stats, used = self.stats, 1 - self.pool.free / len(self.pool)
+        stats["steps"] += 1
+        stats["rows"] += self.rows.n
+        stats["kv_use"] += used
+        stats["kv_use_max"] = max(stats["kv_use_max"], used)
+        finished = self._collect(done)
+        clock.append(time.perf_counter())
+        stats["seconds"] += clock[3] - clock[0]
+        stats["host_seconds"] += clock[3] - clock[2] + clock[1] - clock[0]
         return finished
+
+    def report(self):
+        """What the engine did since the last report: counts, and shares of what was possible.
+
+        host_share is the share of time in which no model work was under way: scheduling and
+        bookkeeping. kv_use counts blocks that a sequence owns, not prefixes kept for reuse.
+        """
+        s, steps = self.stats, max(1, self.stats["steps"])
+        read = max(1, s["prompt_tokens"] + s["cached_tokens"])
+        self.stats = dict.fromkeys(STATS, 0)
+        return {
+            "engine/steps": s["steps"],
+            "engine/tokens_per_s": s["new_tokens"] / max(s["seconds"], 1e-9),
+            "engine/batch_occupancy": s["rows"] / steps / self.config.max_batch,
+            "engine/cache_hit_rate": s["cached_tokens"] / read,
+            "engine/preemptions": s["preemptions"],
+            "engine/kv_use_mean": s["kv_use"] / steps,
+            "engine/kv_use_max": s["kv_use_max"],
+            "engine/host_share": s["host_seconds"] / max(s["seconds"], 1e-9),
+        }
 
     @torch.inference_mode()
     def abort(self, request):
@@ -309,7 +346,6 @@ class Engine:
         width = self.blocks_for(int(rows.lengths[: rows.n].max()) + turns)
         self.graphs.run(rows.n, min(width, rows.width))
         rows.lengths[: rows.n] += 1
-        self.stats["new_tokens"] += rows.n
 
     def _mixed(self, chunks):
         """Chunks of prompts beside one token for every row."""
@@ -354,7 +390,6 @@ class Engine:
             rows.lengths[n : rows.n] += 1
         if rows.n:
             rows.extend(torch.cat(heads))
-        self.stats["new_tokens"] += rows.n
 
     def _fork(self, group):
         """Give each follower its copy of the leader's last, partial block."""
@@ -366,12 +401,11 @@ class Engine:
 
     # -- what is done
 
-    def _collect(self):
+    def _collect(self, done):
         """Finish the rows that are done: [(request, sample, Completion), ...]."""
         rows = self.rows
         if not rows.n:
             return []
-        done = rows.narrow["done"][: rows.n].nonzero()[:, 0].tolist()
         reasons = dict.fromkeys(done)  # stop or length: the last id tells
         texts = {}
         if rows.params.stop:
@@ -397,6 +431,7 @@ class Engine:
 
     def _completion(self, sequence, written, reason, think, ended=False):
         ids = written.get("ids", [])
+        self.stats["new_tokens"] += len(ids)
         logprobs = sequence.params.logprobs
         return Completion(
             ids=ids,

@@ -198,7 +198,7 @@ def judge_line(stats):
 
 
 def judge_panels(rows):
-    """The curves of plot.png: accuracy and thinking length over steps."""
+    """The curves of plot.png over steps: accuracy, thinking length, how busy the engine was."""
 
     def curve(name):
         return [(row["step"], row[name]) for row in rows if row.get(name) is not None]
@@ -209,4 +209,7 @@ def judge_panels(rows):
     panels = [("accuracy", accuracy)]
     if levels:
         panels.append(("held-out accuracy", levels))
-    return [*panels, ("thinking, tokens", {"": curve("completions/mean_think_length")})]
+    panels.append(("thinking, tokens", {"": curve("completions/mean_think_length")}))
+    names = ("batch_occupancy", "cache_hit_rate", "kv_use_max", "host_share")
+    shares = {name.replace("_", " "): curve(f"engine/{name}") for name in names}
+    return [*panels, ("engine, shares", shares)]

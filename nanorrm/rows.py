@@ -55,6 +55,8 @@ class Rows:
             self.slots = torch.zeros(shape, dtype=torch.bool, device=self.device)
             for place, ids in enumerate(params.answer_slots):
                 self.slots[place, list(ids)] = True
+            self.ends = torch.zeros(shape[1], dtype=torch.bool, device=self.device)
+            self.ends[self.stop_ids] = True
             only = [ids[0] if len(ids) == 1 else -1 for ids in params.answer_slots]
             self.only = torch.tensor(only, device=self.device)
 
@@ -195,7 +197,9 @@ class Rows:
         if self.slots is not None:
             place = r["answered"].clamp(0, len(self.slots) - 1)
             inside = (r["answered"] >= 0) & (r["answered"] < len(self.slots))
-            allowed = self.slots[place] | ~inside[:, None]
+            # before the answer nothing may end the completion, after it anything may stand
+            outside = ~self.ends | (r["answered"] >= 0)[:, None]
+            allowed = torch.where(inside[:, None], self.slots[place], outside)
             only = torch.where(inside, self.only[place], -1)
             forced = only if forced is None else torch.where(inside, only, forced)
         return forced, allowed

@@ -28,7 +28,8 @@ class SamplingParams:
     max_think_tokens: int | None = None  # then the engine writes </think> itself
     stop: tuple[str, ...] = ()  # strings that end a completion; not part of its text
     stop_token_ids: tuple[int, ...] | None = None  # None: the model's own end tokens
-    answer_slots: tuple[tuple[int, ...], ...] = ()  # token ids allowed at each place after </think>
+    # token ids allowed at each place after </think>: a forced answer, before which nothing ends
+    answer_slots: tuple[tuple[int, ...], ...] = ()
     seed: int = 0
     logprobs: bool = True  # record log-probs of the drawn tokens
 
