@@ -54,7 +54,7 @@ class EngineConfig:
 
     block_size: int = 16  # tokens per cache block
     num_blocks: int | None = None  # blocks in the pool; None: what cache_gib holds
-    cache_gib: float = 1.0  # memory for keys and values, GiB, where num_blocks is not given
+    cache_gib: float | None = None  # for keys and values; None: 0.5, on a GPU 60% of what is free
     max_batch: int = 512  # sequences decoded at once
     max_step_tokens: int = 8192  # tokens computed in a step; prompts are cut into chunks to fit
     chunked_prefill: bool = True  # False: a prompt is computed whole, even beyond max_step_tokens

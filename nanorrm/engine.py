@@ -49,7 +49,10 @@ class Engine:
         c, size = model.config, config.block_size
         per_block = 2 * c.num_hidden_layers * size * c.num_key_value_heads * c.head_dim
         per_block *= model.head.element_size()
-        num_blocks = config.num_blocks or int(config.cache_gib * 2**30) // per_block
+        gib = config.cache_gib or 0.5
+        if config.cache_gib is None and model.device.type == "cuda":
+            gib = 0.6 * torch.cuda.mem_get_info(model.device)[0] / 2**30
+        num_blocks = config.num_blocks or int(gib * 2**30) // per_block
         # no more than every sequence of the largest batch at full context could fill
         num_blocks = min(num_blocks, config.max_batch * -(-c.max_position_embeddings // size))
         self.pool = BlockPool(num_blocks)
