@@ -27,7 +27,85 @@ ARCHITECTURES = tuple(SHARED)
 ALL = " ".join(SHARED)
 HOPPER, AMPERE, CONSUMER = "sm_90 sm_100", "sm_80", "sm_89 sm_120"
 
-TILES = {}
+TILES = {
+    # logprob: BM rows x BN words, BK of H a step; TILES of words per program; GROUP row tiles that
+    # run together (L2).
+    "logprob_forward": [
+        (HOPPER, {"bytes": 2, "N": 2048}, dict(BM=256, BN=128, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=8, num_stages=4)),
+        (HOPPER, {"bytes": 2}, dict(BM=256, BN=128, BK=64, TILES=4, GROUP=8, TMA=True, num_warps=8, num_stages=4)),
+        (AMPERE, {"bytes": 2}, dict(BM=128, BN=128, BK=32, TILES=4, GROUP=8, TMA=False, num_warps=8, num_stages=4)),
+        ("sm_120", {"bytes": 2}, dict(BM=128, BN=128, BK=64, TILES=4, GROUP=8, TMA=True, num_warps=8, num_stages=3)),
+        ("sm_89", {"bytes": 2}, dict(BM=128, BN=128, BK=32, TILES=4, GROUP=8, TMA=False, num_warps=8, num_stages=4)),
+        (ALL, {}, dict(BM=64, BN=64, BK=16, TILES=8, GROUP=8, TMA=False, num_warps=4, num_stages=2)),
+        ("interpret", {}, dict(BM=16, BN=32, BK=32, TILES=2, GROUP=2, TMA=True, num_warps=4, num_stages=1)),
+    ],
+    "logprob_backward": [
+        (HOPPER, {"bytes": 2}, dict(BM=256, BN=128, BK=64, GROUP=8, TMA=True, num_warps=8, num_stages=4)),
+        (AMPERE, {"bytes": 2}, dict(BM=128, BN=128, BK=64, GROUP=8, TMA=False, num_warps=8, num_stages=3)),
+        ("sm_120", {"bytes": 2}, dict(BM=128, BN=128, BK=64, GROUP=8, TMA=True, num_warps=8, num_stages=3)),
+        ("sm_89", {"bytes": 2}, dict(BM=128, BN=128, BK=32, GROUP=8, TMA=False, num_warps=8, num_stages=4)),
+        (ALL, {}, dict(BM=64, BN=64, BK=16, GROUP=8, TMA=False, num_warps=4, num_stages=2)),
+        ("interpret", {}, dict(BM=16, BN=32, BK=32, GROUP=2, TMA=True, num_warps=4, num_stages=1)),
+    ],
+    "logprob_merge": [
+        (ALL, {}, dict(BS=64, BR=16, num_warps=4, num_stages=2)),
+        ("interpret", {}, dict(BS=4, BR=16, num_warps=4, num_stages=1)),
+    ],
+    # attention: BM rows of queries, BN keys.
+    "attention_forward": [
+        (HOPPER, {"bytes": 2, "D": 64}, dict(BM=128, BN=128, num_warps=8, num_stages=2)),
+        (HOPPER, {"bytes": 2, "D": 128}, dict(BM=128, BN=128, num_warps=8, num_stages=2)),
+        (HOPPER, {"bytes": 2, "D": 256}, dict(BM=128, BN=64, num_warps=8, num_stages=2)),
+        (f"{AMPERE} {CONSUMER}", {"bytes": 2, "D": 64}, dict(BM=128, BN=64, num_warps=8, num_stages=2)),
+        (f"{AMPERE} {CONSUMER}", {"bytes": 2, "D": 128}, dict(BM=128, BN=32, num_warps=8, num_stages=2)),
+        (f"{AMPERE} {CONSUMER}", {"bytes": 2, "D": 256}, dict(BM=64, BN=32, num_warps=8, num_stages=2)),
+        (ALL, {}, dict(BM=32, BN=32, num_warps=4, num_stages=1)),
+        ("interpret", {}, dict(BM=32, BN=16, num_warps=4, num_stages=1)),
+    ],
+    "attention_dkdv": [
+        (HOPPER, {"bytes": 2, "D": 128}, dict(BM=64, BN=128, num_warps=8, num_stages=2)),
+        (HOPPER, {"bytes": 2, "D": 256}, dict(BM=32, BN=32, num_warps=8, num_stages=2)),
+        (f"{AMPERE} {CONSUMER}", {"bytes": 2, "D": 64}, dict(BM=32, BN=128, num_warps=8, num_stages=2)),
+        (f"{AMPERE} {CONSUMER}", {"bytes": 2, "D": 128}, dict(BM=64, BN=64, num_warps=8, num_stages=2)),
+        (f"{AMPERE} {CONSUMER}", {"bytes": 2, "D": 256}, dict(BM=32, BN=32, num_warps=8, num_stages=2)),
+        (ALL, {}, dict(BM=32, BN=32, num_warps=4, num_stages=1)),
+        ("interpret", {}, dict(BM=16, BN=32, num_warps=4, num_stages=1)),
+    ],
+    "attention_dq": [
+        (HOPPER, {"bytes": 2, "D": 64}, dict(BM=128, BN=64, num_warps=8, num_stages=3)),
+        (HOPPER, {"bytes": 2, "D": 128}, dict(BM=128, BN=64, num_warps=8, num_stages=2)),
+        (HOPPER, {"bytes": 2, "D": 256}, dict(BM=64, BN=32, num_warps=8, num_stages=2)),
+        (f"{AMPERE} {CONSUMER}", {"bytes": 2, "D": 128}, dict(BM=64, BN=64, num_warps=8, num_stages=2)),
+        (f"{AMPERE} {CONSUMER}", {"bytes": 2, "D": 256}, dict(BM=32, BN=32, num_warps=8, num_stages=2)),
+        (ALL, {}, dict(BM=32, BN=32, num_warps=4, num_stages=1)),
+        ("interpret", {}, dict(BM=32, BN=16, num_warps=4, num_stages=1)),
+    ],
+    "paged_prefill": [
+        (HOPPER, {"bytes": 2, "D": 128}, dict(BM=128, BN=64, num_warps=8, num_stages=3)),
+        (HOPPER, {"bytes": 2, "D": 256}, dict(BM=64, BN=64, num_warps=8, num_stages=2)),
+        (f"{AMPERE} {CONSUMER}", {"bytes": 2, "D": 64}, dict(BM=128, BN=64, num_warps=8, num_stages=2)),
+        (f"{AMPERE} {CONSUMER}", {"bytes": 2, "D": 128}, dict(BM=128, BN=32, num_warps=8, num_stages=2)),
+        (f"{AMPERE} {CONSUMER}", {"bytes": 2, "D": 256}, dict(BM=64, BN=32, num_warps=8, num_stages=1)),
+        (ALL, {}, dict(BM=32, BN=32, num_warps=4, num_stages=1)),
+        ("interpret", {}, dict(BM=16, BN=16, num_warps=4, num_stages=1)),
+    ],
+    "attention_delta": [
+        (f"{ALL} interpret", {}, dict(BM=64, num_warps=4, num_stages=1)),
+    ],
+    # decode: BN tokens a step; PROGRAMS over all key heads share the splits between them.
+    "paged_decode": [
+        (HOPPER, {"bytes": 2, "D": 128}, dict(BN=64, PROGRAMS=1024, num_warps=4, num_stages=3)),
+        (AMPERE, {"bytes": 2, "D": 128}, dict(BN=64, PROGRAMS=1024, num_warps=4, num_stages=3)),
+        (CONSUMER, {"bytes": 2, "D": 128}, dict(BN=64, PROGRAMS=1024, num_warps=4, num_stages=2)),
+        (HOPPER, {"bytes": 2}, dict(BN=64, PROGRAMS=1024, num_warps=4, num_stages=2)),
+        (ALL, {}, dict(BN=32, PROGRAMS=1024, num_warps=4, num_stages=2)),
+        ("interpret", {}, dict(BN=16, PROGRAMS=8, num_warps=4, num_stages=1)),
+    ],
+    "paged_combine": [
+        (ALL, {}, dict(BS=16, num_warps=4, num_stages=1)),
+        ("interpret", {}, dict(BS=2, num_warps=4, num_stages=1)),
+    ],
+}
 
 
 def arch_of(x):
@@ -46,6 +124,12 @@ def arch_of(x):
 def choices(op, arch):
     """All rows of an operation on an architecture: list of (limits, values)."""
     return [(limits, values) for archs, limits, values in TILES[op] if arch in archs.split()]
+
+
+def compile_time(values):
+    """A row's values, split in the kernel's constexprs and the compiler's options."""
+    options = {k: v for k, v in values.items() if k in ("num_warps", "num_stages")}
+    return {k: v for k, v in values.items() if k not in options}, options
 
 
 def tile(op, where, **shape):

@@ -18,6 +18,8 @@ except ImportError:  # a Mac, or a torch without triton
     class Absent:
         """Anything may be asked of it, and nothing comes of it."""
 
+        constexpr = staticmethod(lambda value: value)
+
         def __getattr__(self, name):
             if name.startswith("__"):  # copy, inspect and doctest ask for these: be plain there
                 raise AttributeError(name)
