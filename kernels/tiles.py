@@ -26,6 +26,7 @@ SHARED = {
 ARCHITECTURES = tuple(SHARED)
 ALL = " ".join(SHARED)
 HOPPER, AMPERE, CONSUMER = "sm_90 sm_100", "sm_80", "sm_89 sm_120"
+MMA = "sm_80 sm_89 sm_120"  # one kind of tensor core instruction, operands through registers
 
 TILES = {
     # logprob: BM rows x BN words, BK of H a step; TILES of words per program; GROUP row tiles that
@@ -51,46 +52,60 @@ TILES = {
         (ALL, {}, dict(BS=64, BR=16, num_warps=4, num_stages=2)),
         ("interpret", {}, dict(BS=4, BR=16, num_warps=4, num_stages=1)),
     ],
+    # sample: as logprob, for the few rows of a decode step.
+    "sample": [
+        (HOPPER, {"bytes": 2, "N": 16}, dict(BM=16, BN=64, BK=128, TILES=1, GROUP=8, TMA=True, num_warps=4, num_stages=4)),
+        (HOPPER, {"bytes": 2, "N": 64}, dict(BM=64, BN=64, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=4, num_stages=4)),
+        (HOPPER, {"bytes": 2, "N":65}, dict(BM=128, BN=128, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=16, num_stages=4)),
+        (HOPPER, {"bytes": 2}, dict(BM=128, BN=64, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=8, num_stages=4)),
+        ("sm_80 sm_89", {"bytes": 2, "N": 16}, dict(BM=16, BN=64, BK=64, TILES=1, GROUP=8, TMA=False, num_warps=4, num_stages=4)),
+        ("sm_80 sm_89", {"bytes": 2}, dict(BM=64, BN=64, BK=64, TILES=1, GROUP=8, TMA=False, num_warps=4, num_stages=3)),
+        ("sm_120", {"bytes": 2, "N": 16}, dict(BM=16, BN=64, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=4, num_stages=4)),
+        ("sm_120", {"bytes": 2}, dict(BM=64, BN=64, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=4, num_stages=3)),
+        (ALL, {}, dict(BM=32, BN=64, BK=16, TILES=1, GROUP=8, TMA=False, num_warps=4, num_stages=2)),
+        ("interpret", {}, dict(BM=16, BN=32, BK=32, TILES=2, GROUP=2, TMA=True, num_warps=4, num_stages=1)),
+    ],
     # attention: BM rows of queries, BN keys.
     "attention_forward": [
         (HOPPER, {"bytes": 2, "D": 64}, dict(BM=128, BN=128, num_warps=8, num_stages=2)),
         (HOPPER, {"bytes": 2, "D": 128}, dict(BM=128, BN=128, num_warps=8, num_stages=2)),
         (HOPPER, {"bytes": 2, "D": 256}, dict(BM=128, BN=64, num_warps=8, num_stages=2)),
-        (f"{AMPERE} {CONSUMER}", {"bytes": 2, "D": 64}, dict(BM=128, BN=64, num_warps=8, num_stages=2)),
-        (f"{AMPERE} {CONSUMER}", {"bytes": 2, "D": 128}, dict(BM=128, BN=32, num_warps=8, num_stages=2)),
-        (f"{AMPERE} {CONSUMER}", {"bytes": 2, "D": 256}, dict(BM=64, BN=32, num_warps=8, num_stages=2)),
-        (ALL, {}, dict(BM=32, BN=32, num_warps=4, num_stages=1)),
+        (MMA, {"bytes": 2, "D": 64}, dict(BM=128, BN=64, num_warps=8, num_stages=2)),
+        (MMA, {"bytes": 2, "D": 128}, dict(BM=128, BN=32, num_warps=8, num_stages=2)),
+        (MMA, {"bytes": 2, "D": 256}, dict(BM=64, BN=32, num_warps=8, num_stages=2)),
+        (ALL, {}, dict(BM=32, BN=32, num_warps=8, num_stages=1)),
         ("interpret", {}, dict(BM=32, BN=16, num_warps=4, num_stages=1)),
     ],
     "attention_dkdv": [
         (HOPPER, {"bytes": 2, "D": 128}, dict(BM=64, BN=128, num_warps=8, num_stages=2)),
         (HOPPER, {"bytes": 2, "D": 256}, dict(BM=32, BN=32, num_warps=8, num_stages=2)),
-        (f"{AMPERE} {CONSUMER}", {"bytes": 2, "D": 64}, dict(BM=32, BN=128, num_warps=8, num_stages=2)),
-        (f"{AMPERE} {CONSUMER}", {"bytes": 2, "D": 128}, dict(BM=64, BN=64, num_warps=8, num_stages=2)),
-        (f"{AMPERE} {CONSUMER}", {"bytes": 2, "D": 256}, dict(BM=32, BN=32, num_warps=8, num_stages=2)),
-        (ALL, {}, dict(BM=32, BN=32, num_warps=4, num_stages=1)),
+        (MMA, {"bytes": 2, "D": 64}, dict(BM=32, BN=128, num_warps=8, num_stages=2)),
+        (MMA, {"bytes": 2, "D": 128}, dict(BM=64, BN=64, num_warps=8, num_stages=2)),
+        (MMA, {"bytes": 2, "D": 256}, dict(BM=32, BN=32, num_warps=8, num_stages=2)),
+        (ALL, {}, dict(BM=32, BN=32, num_warps=8, num_stages=1)),
         ("interpret", {}, dict(BM=16, BN=32, num_warps=4, num_stages=1)),
     ],
     "attention_dq": [
         (HOPPER, {"bytes": 2, "D": 64}, dict(BM=128, BN=64, num_warps=8, num_stages=3)),
         (HOPPER, {"bytes": 2, "D": 128}, dict(BM=128, BN=64, num_warps=8, num_stages=2)),
         (HOPPER, {"bytes": 2, "D": 256}, dict(BM=64, BN=32, num_warps=8, num_stages=2)),
-        (f"{AMPERE} {CONSUMER}", {"bytes": 2, "D": 128}, dict(BM=64, BN=64, num_warps=8, num_stages=2)),
-        (f"{AMPERE} {CONSUMER}", {"bytes": 2, "D": 256}, dict(BM=32, BN=32, num_warps=8, num_stages=2)),
-        (ALL, {}, dict(BM=32, BN=32, num_warps=4, num_stages=1)),
+        (MMA, {"bytes": 2, "D": 32}, dict(BM=64, BN=32, num_warps=4, num_stages=2)),
+        (MMA, {"bytes": 2, "D": 128}, dict(BM=64, BN=64, num_warps=8, num_stages=2)),
+        (MMA, {"bytes": 2, "D": 256}, dict(BM=32, BN=32, num_warps=8, num_stages=2)),
+        (ALL, {}, dict(BM=32, BN=32, num_warps=8, num_stages=1)),
         ("interpret", {}, dict(BM=32, BN=16, num_warps=4, num_stages=1)),
     ],
     "paged_prefill": [
         (HOPPER, {"bytes": 2, "D": 128}, dict(BM=128, BN=64, num_warps=8, num_stages=3)),
         (HOPPER, {"bytes": 2, "D": 256}, dict(BM=64, BN=64, num_warps=8, num_stages=2)),
-        (f"{AMPERE} {CONSUMER}", {"bytes": 2, "D": 64}, dict(BM=128, BN=64, num_warps=8, num_stages=2)),
-        (f"{AMPERE} {CONSUMER}", {"bytes": 2, "D": 128}, dict(BM=128, BN=32, num_warps=8, num_stages=2)),
-        (f"{AMPERE} {CONSUMER}", {"bytes": 2, "D": 256}, dict(BM=64, BN=32, num_warps=8, num_stages=1)),
-        (ALL, {}, dict(BM=32, BN=32, num_warps=4, num_stages=1)),
+        (MMA, {"bytes": 2, "D": 64}, dict(BM=128, BN=64, num_warps=8, num_stages=2)),
+        (MMA, {"bytes": 2, "D": 128}, dict(BM=128, BN=32, num_warps=8, num_stages=2)),
+        (MMA, {"bytes": 2, "D": 256}, dict(BM=64, BN=32, num_warps=8, num_stages=1)),
+        (ALL, {}, dict(BM=32, BN=32, num_warps=8, num_stages=1)),
         ("interpret", {}, dict(BM=16, BN=16, num_warps=4, num_stages=1)),
     ],
     "attention_delta": [
-        (f"{ALL} interpret", {}, dict(BM=64, num_warps=4, num_stages=1)),
+        (f"{ALL} interpret", {}, dict(BM=32, num_warps=4, num_stages=1)),
     ],
     # decode: BN tokens a step; PROGRAMS over all key heads share the splits between them.
     "paged_decode": [
