@@ -63,6 +63,11 @@ def require_triton(op, x):
             f"{op}: impl='triton' needs a CUDA tensor, got {x.device.type}; use impl='torch', "
             "or set TRITON_INTERPRET=1 before Python starts to run kernels slowly on a CPU"
         )
+    if x.device.type != "cuda" and x.dtype == torch.bfloat16:
+        raise RuntimeError(
+            f"{op}: Triton's interpreter gets bfloat16 products and sums wrong; use float16 or "
+            "float32 there"
+        )
     if x.dtype not in TOLERANCE:
         raise RuntimeError(f"{op}: no kernel for {x.dtype}; use impl='torch'")
 

@@ -298,10 +298,11 @@ def probe(device, dtype):
 
 def aot_cases(arch):
     """What `kernels/check.py` compiles: each shipped tile of each kernel."""
-    names = "N V H hidden_stride weight_stride dlogits_stride splits first width"
-    numbers = {name: "i32:16" if "H" in name or "_" in name else "i32" for name in names.split()}
-    vectors = "tops totals moments chosen lse entropy grad_logp grad_entropy logp"
-    common = {**numbers, **dict.fromkeys(vectors.split(), "*fp32"), "targets": "*i64"}
+    common = dict.fromkeys(("N", "V", "splits", "first", "width"), "i32")
+    strides = "hidden_stride", "weight_stride", "dlogits_stride"
+    common |= dict.fromkeys(("H", *strides), "i32:16") | {"targets": "*i64"}
+    common |= dict.fromkeys(("tops", "totals", "moments", "chosen", "lse", "entropy"), "*fp32")
+    common |= dict.fromkeys(("grad_logp", "grad_entropy", "logp"), "*fp32")
     for op, function in (("logprob_forward", forward_kernel), ("logprob_backward", dlogits_kernel)):
         for limits, values in choices(op, arch):
             kind = "bf16" if limits.get("bytes") == 2 else "fp32"

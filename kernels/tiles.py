@@ -56,7 +56,6 @@ TILES = {
     "sample": [
         (HOPPER, {"bytes": 2, "N": 16}, dict(BM=16, BN=64, BK=128, TILES=1, GROUP=8, TMA=True, num_warps=4, num_stages=4)),
         (HOPPER, {"bytes": 2, "N": 64}, dict(BM=64, BN=64, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=4, num_stages=4)),
-        (HOPPER, {"bytes": 2, "N":65}, dict(BM=128, BN=128, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=16, num_stages=4)),
         (HOPPER, {"bytes": 2}, dict(BM=128, BN=64, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=8, num_stages=4)),
         ("sm_80 sm_89", {"bytes": 2, "N": 16}, dict(BM=16, BN=64, BK=64, TILES=1, GROUP=8, TMA=False, num_warps=4, num_stages=4)),
         ("sm_80 sm_89", {"bytes": 2}, dict(BM=64, BN=64, BK=64, TILES=1, GROUP=8, TMA=False, num_warps=4, num_stages=3)),

@@ -45,6 +45,12 @@ def test_triton_on_a_cpu_without_the_interpreter_says_what_to_do(monkeypatch):
         dispatch.choose("triton", "op", X)
 
 
+def test_the_interpreter_is_kept_from_bfloat16():
+    """It computes tl.dot and sums of bfloat16 wrongly, and says nothing."""
+    with pytest.raises(RuntimeError, match="bfloat16"):
+        dispatch.choose("triton", "op", X.bfloat16())
+
+
 def test_no_kernel_for_doubles():
     with pytest.raises(RuntimeError, match="float64"):
         dispatch.choose("triton", "op", X.double())
