@@ -64,6 +64,31 @@ TILES = {
         (ALL, {}, dict(BM=32, BN=64, BK=16, TILES=1, GROUP=8, TMA=False, num_warps=4, num_stages=2)),
         ("interpret", {}, dict(BM=16, BN=32, BK=32, TILES=2, GROUP=2, TMA=True, num_warps=4, num_stages=1)),
     ],
+    # rms_norm: BR rows of C values; PROGRAMS that share the rows of the backward pass.
+    "rms_norm_forward": [
+        (ALL, {"C": 128}, dict(BR=16, num_warps=4, num_stages=1)),
+        (ALL, {"C": 1024}, dict(BR=4, num_warps=4, num_stages=1)),
+        (ALL, {"C": 4096}, dict(BR=1, num_warps=4, num_stages=1)),
+        (ALL, {"C": 8192}, dict(BR=1, num_warps=8, num_stages=1)),
+        (ALL, {}, dict(BR=1, num_warps=16, num_stages=1)),
+        ("interpret", {}, dict(BR=4, num_warps=4, num_stages=1)),
+    ],
+    "rms_norm_backward": [
+        (ALL, {"C": 128}, dict(BR=16, PROGRAMS=512, num_warps=4, num_stages=1)),
+        (ALL, {"C": 1024}, dict(BR=4, PROGRAMS=512, num_warps=4, num_stages=1)),
+        (ALL, {"C": 4096}, dict(BR=1, PROGRAMS=512, num_warps=8, num_stages=1)),
+        (ALL, {"C": 8192}, dict(BR=1, PROGRAMS=256, num_warps=16, num_stages=1)),
+        (ALL, {}, dict(BR=1, PROGRAMS=128, num_warps=16, num_stages=1)),
+        ("interpret", {}, dict(BR=4, PROGRAMS=3, num_warps=4, num_stages=1)),
+    ],
+    "swiglu": [
+        (ALL, {}, dict(BLOCK=1024, num_warps=4, num_stages=1)),
+        ("interpret", {}, dict(BLOCK=64, num_warps=4, num_stages=1)),
+    ],
+    "rope": [
+        (ALL, {}, dict(num_warps=4, num_stages=1)),
+        ("interpret", {}, dict(num_warps=4, num_stages=1)),
+    ],
     # attention: BM rows of queries, BN keys.
     "attention_forward": [
         (HOPPER, {"bytes": 2, "D": 64}, dict(BM=128, BN=128, num_warps=8, num_stages=2)),
@@ -101,7 +126,7 @@ TILES = {
         (MMA, {"bytes": 2, "D": 128}, dict(BM=128, BN=32, num_warps=8, num_stages=2)),
         (MMA, {"bytes": 2, "D": 256}, dict(BM=64, BN=32, num_warps=8, num_stages=1)),
         (ALL, {}, dict(BM=32, BN=32, num_warps=8, num_stages=1)),
-        ("interpret", {}, dict(BM=16, BN=16, num_warps=4, num_stages=1)),
+        ("interpret", {}, dict(BM=32, BN=16, num_warps=4, num_stages=1)),
     ],
     "attention_delta": [
         (f"{ALL} interpret", {}, dict(BM=32, num_warps=4, num_stages=1)),
