@@ -69,16 +69,14 @@ TILES = {
         (ALL, {"C": 128}, dict(BR=16, num_warps=4, num_stages=1)),
         (ALL, {"C": 1024}, dict(BR=4, num_warps=4, num_stages=1)),
         (ALL, {"C": 4096}, dict(BR=1, num_warps=4, num_stages=1)),
-        (ALL, {"C": 8192}, dict(BR=1, num_warps=8, num_stages=1)),
-        (ALL, {}, dict(BR=1, num_warps=16, num_stages=1)),
+        (ALL, {}, dict(BR=1, num_warps=8, num_stages=1)),
         ("interpret", {}, dict(BR=4, num_warps=4, num_stages=1)),
     ],
     "rms_norm_backward": [
         (ALL, {"C": 128}, dict(BR=16, PROGRAMS=512, num_warps=4, num_stages=1)),
         (ALL, {"C": 1024}, dict(BR=4, PROGRAMS=512, num_warps=4, num_stages=1)),
         (ALL, {"C": 4096}, dict(BR=1, PROGRAMS=512, num_warps=8, num_stages=1)),
-        (ALL, {"C": 8192}, dict(BR=1, PROGRAMS=256, num_warps=16, num_stages=1)),
-        (ALL, {}, dict(BR=1, PROGRAMS=128, num_warps=16, num_stages=1)),
+        (ALL, {}, dict(BR=1, PROGRAMS=256, num_warps=16, num_stages=1)),
         ("interpret", {}, dict(BR=4, PROGRAMS=3, num_warps=4, num_stages=1)),
     ],
     "swiglu": [
