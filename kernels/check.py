@@ -16,7 +16,6 @@ cores that it is meant to use.
 
 import argparse
 import importlib
-import os
 import re
 import subprocess
 import sys
@@ -139,5 +138,4 @@ def main():
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TRITON_ALWAYS_COMPILE", "0")
     sys.exit(main())
