@@ -13,6 +13,8 @@ their order), and costs no first-call minutes. No choice has been timed yet: the
 counts and shared memory (docs/KERNELS.md); `python -m kernels.bench --tune` is to replace them.
 """
 
+# ruff: noqa: C408 (dict(BM=64) reads better in a table than {"BM": 64})
+
 import torch
 
 # Shared memory one program may ask for, bytes. More compiles, and then can't launch.
@@ -25,26 +27,39 @@ SHARED = {
 }
 ARCHITECTURES = tuple(SHARED)
 ALL = " ".join(SHARED)
-HOPPER, AMPERE, CONSUMER = "sm_90 sm_100", "sm_80", "sm_89 sm_120"
+HOPPER, CONSUMER = "sm_90 sm_100", "sm_89 sm_120"
+AMPERE, ADA, RTX50 = "sm_80", "sm_89", "sm_120"
 MMA = "sm_80 sm_89 sm_120"  # one kind of tensor core instruction, operands through registers
 
+# fmt: off
 TILES = {
     # logprob: BM rows x BN words, BK of H a step; TILES of words per program; GROUP row tiles that
     # run together (L2).
     "logprob_forward": [
-        (HOPPER, {"bytes": 2, "N": 2048}, dict(BM=256, BN=128, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=8, num_stages=4)),
-        (HOPPER, {"bytes": 2}, dict(BM=256, BN=128, BK=64, TILES=4, GROUP=8, TMA=True, num_warps=8, num_stages=4)),
-        (AMPERE, {"bytes": 2}, dict(BM=128, BN=128, BK=32, TILES=4, GROUP=8, TMA=False, num_warps=8, num_stages=4)),
-        ("sm_120", {"bytes": 2}, dict(BM=128, BN=128, BK=64, TILES=4, GROUP=8, TMA=True, num_warps=8, num_stages=3)),
-        ("sm_89", {"bytes": 2}, dict(BM=128, BN=128, BK=32, TILES=4, GROUP=8, TMA=False, num_warps=8, num_stages=4)),
-        (ALL, {}, dict(BM=64, BN=64, BK=16, TILES=8, GROUP=8, TMA=False, num_warps=4, num_stages=2)),
-        ("interpret", {}, dict(BM=16, BN=32, BK=32, TILES=2, GROUP=2, TMA=True, num_warps=4, num_stages=1)),
+        (HOPPER, {"bytes": 2, "N": 2048},
+         dict(BM=256, BN=128, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=8, num_stages=4)),
+        (HOPPER, {"bytes": 2},
+         dict(BM=256, BN=128, BK=64, TILES=4, GROUP=8, TMA=True, num_warps=8, num_stages=4)),
+        (AMPERE, {"bytes": 2},
+         dict(BM=128, BN=128, BK=32, TILES=4, GROUP=8, TMA=False, num_warps=8, num_stages=4)),
+        (RTX50, {"bytes": 2},
+         dict(BM=128, BN=128, BK=64, TILES=4, GROUP=8, TMA=True, num_warps=8, num_stages=3)),
+        (ADA, {"bytes": 2},
+         dict(BM=128, BN=128, BK=32, TILES=4, GROUP=8, TMA=False, num_warps=8, num_stages=4)),
+        (ALL, {},
+         dict(BM=64, BN=64, BK=16, TILES=8, GROUP=8, TMA=False, num_warps=4, num_stages=2)),
+        ("interpret", {},
+         dict(BM=16, BN=32, BK=32, TILES=2, GROUP=2, TMA=True, num_warps=4, num_stages=1)),
     ],
     "logprob_backward": [
-        (HOPPER, {"bytes": 2}, dict(BM=256, BN=128, BK=64, GROUP=8, TMA=True, num_warps=8, num_stages=4)),
-        (AMPERE, {"bytes": 2}, dict(BM=128, BN=128, BK=64, GROUP=8, TMA=False, num_warps=8, num_stages=3)),
-        ("sm_120", {"bytes": 2}, dict(BM=128, BN=128, BK=64, GROUP=8, TMA=True, num_warps=8, num_stages=3)),
-        ("sm_89", {"bytes": 2}, dict(BM=128, BN=128, BK=32, GROUP=8, TMA=False, num_warps=8, num_stages=4)),
+        (HOPPER, {"bytes": 2},
+         dict(BM=256, BN=128, BK=64, GROUP=8, TMA=True, num_warps=8, num_stages=4)),
+        (AMPERE, {"bytes": 2},
+         dict(BM=128, BN=128, BK=64, GROUP=8, TMA=False, num_warps=8, num_stages=3)),
+        (RTX50, {"bytes": 2},
+         dict(BM=128, BN=128, BK=64, GROUP=8, TMA=True, num_warps=8, num_stages=3)),
+        (ADA, {"bytes": 2},
+         dict(BM=128, BN=128, BK=32, GROUP=8, TMA=False, num_warps=8, num_stages=4)),
         (ALL, {}, dict(BM=64, BN=64, BK=16, GROUP=8, TMA=False, num_warps=4, num_stages=2)),
         ("interpret", {}, dict(BM=16, BN=32, BK=32, GROUP=2, TMA=True, num_warps=4, num_stages=1)),
     ],
@@ -54,15 +69,24 @@ TILES = {
     ],
     # sample: as logprob, for the few rows of a decode step.
     "sample": [
-        (HOPPER, {"bytes": 2, "N": 16}, dict(BM=16, BN=64, BK=128, TILES=1, GROUP=8, TMA=True, num_warps=4, num_stages=4)),
-        (HOPPER, {"bytes": 2, "N": 64}, dict(BM=64, BN=64, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=4, num_stages=4)),
-        (HOPPER, {"bytes": 2}, dict(BM=128, BN=64, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=8, num_stages=4)),
-        ("sm_80 sm_89", {"bytes": 2, "N": 16}, dict(BM=16, BN=64, BK=64, TILES=1, GROUP=8, TMA=False, num_warps=4, num_stages=4)),
-        ("sm_80 sm_89", {"bytes": 2}, dict(BM=64, BN=64, BK=64, TILES=1, GROUP=8, TMA=False, num_warps=4, num_stages=3)),
-        ("sm_120", {"bytes": 2, "N": 16}, dict(BM=16, BN=64, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=4, num_stages=4)),
-        ("sm_120", {"bytes": 2}, dict(BM=64, BN=64, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=4, num_stages=3)),
-        (ALL, {}, dict(BM=32, BN=64, BK=16, TILES=1, GROUP=8, TMA=False, num_warps=4, num_stages=2)),
-        ("interpret", {}, dict(BM=16, BN=32, BK=32, TILES=2, GROUP=2, TMA=True, num_warps=4, num_stages=1)),
+        (HOPPER, {"bytes": 2, "N": 16},
+         dict(BM=16, BN=64, BK=128, TILES=1, GROUP=8, TMA=True, num_warps=4, num_stages=4)),
+        (HOPPER, {"bytes": 2, "N": 64},
+         dict(BM=64, BN=64, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=4, num_stages=4)),
+        (HOPPER, {"bytes": 2},
+         dict(BM=128, BN=64, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=8, num_stages=4)),
+        ("sm_80 sm_89", {"bytes": 2, "N": 16},
+         dict(BM=16, BN=64, BK=64, TILES=1, GROUP=8, TMA=False, num_warps=4, num_stages=4)),
+        ("sm_80 sm_89", {"bytes": 2},
+         dict(BM=64, BN=64, BK=64, TILES=1, GROUP=8, TMA=False, num_warps=4, num_stages=3)),
+        (RTX50, {"bytes": 2, "N": 16},
+         dict(BM=16, BN=64, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=4, num_stages=4)),
+        (RTX50, {"bytes": 2},
+         dict(BM=64, BN=64, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=4, num_stages=3)),
+        (ALL, {},
+         dict(BM=32, BN=64, BK=16, TILES=1, GROUP=8, TMA=False, num_warps=4, num_stages=2)),
+        ("interpret", {},
+         dict(BM=16, BN=32, BK=32, TILES=2, GROUP=2, TMA=True, num_warps=4, num_stages=1)),
     ],
     # rms_norm: BR rows of C values; PROGRAMS that share the rows of the backward pass.
     "rms_norm_forward": [
@@ -132,7 +156,7 @@ TILES = {
     # decode: BN tokens a step; PROGRAMS over all key heads share the splits between them.
     "paged_decode": [
         (HOPPER, {"bytes": 2, "D": 128}, dict(BN=64, PROGRAMS=1024, num_warps=4, num_stages=3)),
-        (AMPERE, {"bytes": 2, "D": 128}, dict(BN=64, PROGRAMS=1024, num_warps=4, num_stages=3)),
+        ("sm_80", {"bytes": 2, "D": 128}, dict(BN=64, PROGRAMS=1024, num_warps=4, num_stages=3)),
         (CONSUMER, {"bytes": 2, "D": 128}, dict(BN=64, PROGRAMS=1024, num_warps=4, num_stages=2)),
         (HOPPER, {"bytes": 2}, dict(BN=64, PROGRAMS=1024, num_warps=4, num_stages=2)),
         (ALL, {}, dict(BN=32, PROGRAMS=1024, num_warps=4, num_stages=2)),
@@ -143,6 +167,9 @@ TILES = {
         ("interpret", {}, dict(BS=2, num_warps=4, num_stages=1)),
     ],
 }
+# fmt: on
+
+given = {}  # op -> limits of the row that was taken last; `bench --tune` asks which row it tunes
 
 
 def arch_of(x):
@@ -182,5 +209,6 @@ def tile(op, where, **shape):
         where = arch_of(where)
     for limits, values in choices(op, where):
         if all(shape.get(name, 0) <= limit for name, limit in limits.items()):
+            given[op] = limits
             return dict(values)
     raise ValueError(f"no tile for {op} on {where} with {shape}")
