@@ -25,8 +25,8 @@ of `attention_tiles.attend`. It writes its rows of out, and lse, from which the 
 Work and traffic of one sequence of L tokens: 4 * Hq * D * L^2 / 2 floating-point operations, and
 2 * L * (2 Hq + 2 Hkv) * D bytes at least (bf16), that is L / (2 * (1 + Hkv / Hq)) operations a
 byte: at 4,096 tokens more than 1,000, far above the 180 or so at which an H200 stops waiting for
-memory. So tensor cores are the limit, and beside them exp2: 16 a clock and SM, as many clocks as
-the two products of a D = 128 tile take halved. That is why nothing else is done per logit.
+memory. So tensor cores are the limit, and beside them exp2: at 16 a clock and SM it takes half as
+many clocks as the two products of a D = 128 tile. That is why so little else is done per logit.
 """
 
 import math
