@@ -28,7 +28,6 @@ SHARED = {
 ARCHITECTURES = tuple(SHARED)
 ALL = " ".join(SHARED)
 HOPPER, CONSUMER = "sm_90 sm_100", "sm_89 sm_120"
-AMPERE, ADA, RTX50 = "sm_80", "sm_89", "sm_120"
 MMA = "sm_80 sm_89 sm_120"  # one kind of tensor core instruction, operands through registers
 
 # fmt: off
@@ -40,11 +39,7 @@ TILES = {
          dict(BM=256, BN=128, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=8, num_stages=4)),
         (HOPPER, {"bytes": 2},
          dict(BM=256, BN=128, BK=64, TILES=4, GROUP=8, TMA=True, num_warps=8, num_stages=4)),
-        (AMPERE, {"bytes": 2},
-         dict(BM=128, BN=128, BK=32, TILES=4, GROUP=8, TMA=False, num_warps=8, num_stages=4)),
-        (RTX50, {"bytes": 2},
-         dict(BM=128, BN=128, BK=64, TILES=4, GROUP=8, TMA=True, num_warps=8, num_stages=3)),
-        (ADA, {"bytes": 2},
+        (MMA, {"bytes": 2},
          dict(BM=128, BN=128, BK=32, TILES=4, GROUP=8, TMA=False, num_warps=8, num_stages=4)),
         (ALL, {},
          dict(BM=64, BN=64, BK=16, TILES=8, GROUP=8, TMA=False, num_warps=4, num_stages=2)),
@@ -54,11 +49,7 @@ TILES = {
     "logprob_backward": [
         (HOPPER, {"bytes": 2},
          dict(BM=256, BN=128, BK=64, GROUP=8, TMA=True, num_warps=8, num_stages=4)),
-        (AMPERE, {"bytes": 2},
-         dict(BM=128, BN=128, BK=64, GROUP=8, TMA=False, num_warps=8, num_stages=3)),
-        (RTX50, {"bytes": 2},
-         dict(BM=128, BN=128, BK=64, GROUP=8, TMA=True, num_warps=8, num_stages=3)),
-        (ADA, {"bytes": 2},
+        (MMA, {"bytes": 2},
          dict(BM=128, BN=128, BK=32, GROUP=8, TMA=False, num_warps=8, num_stages=4)),
         (ALL, {}, dict(BM=64, BN=64, BK=16, GROUP=8, TMA=False, num_warps=4, num_stages=2)),
         ("interpret", {}, dict(BM=16, BN=32, BK=32, GROUP=2, TMA=True, num_warps=4, num_stages=1)),
@@ -75,14 +66,10 @@ TILES = {
          dict(BM=64, BN=64, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=4, num_stages=4)),
         (HOPPER, {"bytes": 2},
          dict(BM=128, BN=64, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=8, num_stages=4)),
-        ("sm_80 sm_89", {"bytes": 2, "N": 16},
+        (MMA, {"bytes": 2, "N": 16},
          dict(BM=16, BN=64, BK=64, TILES=1, GROUP=8, TMA=False, num_warps=4, num_stages=4)),
-        ("sm_80 sm_89", {"bytes": 2},
+        (MMA, {"bytes": 2},
          dict(BM=64, BN=64, BK=64, TILES=1, GROUP=8, TMA=False, num_warps=4, num_stages=3)),
-        (RTX50, {"bytes": 2, "N": 16},
-         dict(BM=16, BN=64, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=4, num_stages=4)),
-        (RTX50, {"bytes": 2},
-         dict(BM=64, BN=64, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=4, num_stages=3)),
         (ALL, {},
          dict(BM=32, BN=64, BK=16, TILES=1, GROUP=8, TMA=False, num_warps=4, num_stages=2)),
         ("interpret", {},

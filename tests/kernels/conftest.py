@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import kernels.dispatch
+from kernels.tiles import TILES
 
 
 def assert_close(ours, torch_own, truth, floor=2e-6):
@@ -42,3 +43,11 @@ def poison(monkeypatch):
 def seeded():
     torch.manual_seed(0)
     kernels.dispatch.trials.clear()
+
+
+@pytest.fixture
+def pointers(monkeypatch):
+    """Take the path of GPUs without TMA: tiles by pointers and masks instead of descriptors."""
+    for op in ("logprob_forward", "logprob_backward", "sample"):
+        rows = [(archs, limits, {**values, "TMA": False}) for archs, limits, values in TILES[op]]
+        monkeypatch.setitem(TILES, op, rows)

@@ -43,6 +43,13 @@ def test_values_and_gradients(N, H, V, dtype, close):
         close(ours, own, truth)
 
 
+@pytest.mark.parametrize("N, H, V", SHAPES[1:])
+def test_the_same_by_pointers(N, H, V, pointers, close, monkeypatch):
+    monkeypatch.setattr(linear_logprob, "chunk_words", lambda N, V, size: 48)  # ragged chunks too
+    for ours, own, truth in zip(*both(N, H, V, torch.float32, 1.3)):
+        close(ours, own, truth)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_all_logits_negative_and_a_ragged_last_tile(dtype, close):
     """A word outside the vocabulary has logit 0: the maximum here, if it were let in."""

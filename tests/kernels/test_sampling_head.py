@@ -92,6 +92,12 @@ def test_words_and_their_numbers(B, H, V, dtype, close):
     close(entropy, own[1], -(p.exp() * p).sum(-1))
 
 
+def test_the_same_by_pointers(pointers):
+    case = random_case(20, 40, 101, torch.float32)
+    for ours, theirs in zip(sample(*case, impl="triton"), reference(*case)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_all_logits_negative_and_a_ragged_last_tile():
     hidden, weight, temperature, stream, position = random_case(16, 64, 33, torch.float32)
     hidden[:, 0], weight[:, 0] = -60.0, 1.0
