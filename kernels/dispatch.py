@@ -1,21 +1,102 @@
 """Which implementation runs: the caller's `impl=`, else NANORRM_IMPL, else the device decides.
 
-So far every operation has its PyTorch reference only, so "auto" is "torch" on every device.
+"torch" is the reference, "triton" our kernels, "flash" the flash-attn package (attention only).
+"auto" takes the reference on a CPU. On a GPU it takes Triton, but only after a trial: the first
+time an operation meets a device and a dtype, its `probe` runs kernel and reference on a small
+input, forward and backward. If they differ or the kernel does not launch, one warning says so and
+the reference runs from then on. (A backend that was chosen because its import worked crashes later,
+or worse, does not.)
 """
 
 import os
+import warnings
 
-IMPLEMENTATIONS = ("auto", "torch")
+import torch
+
+from kernels.triton_compat import HAVE_TRITON, INTERPRET
+
+IMPLEMENTATIONS = ("auto", "torch", "triton", "flash")
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+trials = {}  # (op, device, dtype) -> did kernel and reference agree?
 
 
-def choose(impl):
-    """The name of the implementation to run: "torch".
+def choose(impl, op=None, *tensors, probe=None):
+    """The name of the implementation to run: "torch", "triton" or "flash".
 
     impl: what the caller asked for; "auto" defers to the environment variable NANORRM_IMPL.
-    Raises ValueError for a name that does not exist.
+    op: the operation's name, for messages; tensors: its inputs, of which the first decides.
+    probe(device, dtype) runs the kernel at a small size and returns (ours, reference's): two
+    sequences of tensors to compare.
+    Raises ValueError for a name that does not exist and RuntimeError where it can not run.
     """
+    asked = impl
     if impl == "auto":
         impl = os.environ.get("NANORRM_IMPL", "auto")
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
-    return "torch"
+    if impl == "flash" and op != "attention":
+        if asked == "flash":
+            raise ValueError("impl='flash' exists for attention only")
+        impl = "auto"  # NANORRM_IMPL=flash means attention and leaves the others alone
+    if impl == "triton" and tensors:
+        require_triton(op, tensors[0])
+    if impl != "auto":
+        return impl
+    if not tensors or probe is None or not HAVE_TRITON:
+        return "torch"
+    x = tensors[0]
+    if x.device.type != "cuda" or x.dtype not in TOLERANCE:
+        return "torch"
+    key = (op, x.device, x.dtype)
+    if key not in trials:
+        trials[key] = trial(op, x.device, x.dtype, probe)
+    return "triton" if trials[key] else "torch"
+
+
+def require_triton(op, x):
+    """Say why impl="triton" can not run on x, and what to do."""
+    if not HAVE_TRITON:
+        raise RuntimeError(f"{op}: triton is not installed; use impl='torch'")
+    if x.device.type != "cuda" and not INTERPRET:
+        raise RuntimeError(
+            f"{op}: impl='triton' needs a CUDA tensor, got {x.device.type}; use impl='torch', "
+            "or set TRITON_INTERPRET=1 before Python starts to run kernels slowly on a CPU"
+        )
+    if x.device.type != "cuda" and x.dtype == torch.bfloat16:
+        raise RuntimeError(
+            f"{op}: Triton's interpreter gets bfloat16 products and sums wrong; use float16 or "
+            "float32 there"
+        )
+    if x.dtype not in TOLERANCE:
+        raise RuntimeError(f"{op}: no kernel for {x.dtype}; use impl='torch'")
+
+
+def trial(op, device, dtype, probe):
+    """Run the probe; True if kernel and reference agree, else warn and return False."""
+    try:
+        with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            ours, theirs = probe(device, dtype)
+        problem = difference(ours, theirs, TOLERANCE[dtype])
+    except Exception as error:  # whatever a compiler or driver may throw
+        problem = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    if problem:
+        warnings.warn(
+            f"{op}: the Triton kernel failed its trial on {device} in {dtype} ({problem}); "
+            "using PyTorch",
+            stacklevel=4,
+        )
+    return not problem
+
+
+def difference(ours, theirs, tolerance):
+    """None if all pairs agree within tolerance of the reference's largest value, else what not."""
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if a.shape != b.shape:
+            return f"output {i} has shape {tuple(a.shape)}, the reference {tuple(b.shape)}"
+        error = (a.double() - b.double()).abs().max().item()
+        allowed = tolerance * max(b.double().abs().max().item(), 1e-2)
+        if not error <= allowed:  # NaN is no agreement either
+            return f"output {i} is off by {error:.2g}, {allowed:.2g} allowed"
+    return None

@@ -1,13 +1,52 @@
-"""Causal attention over packed sequences of different lengths, with grouped heads (GQA).
+r"""Causal attention over packed sequences of different lengths, with grouped heads (GQA).
 
 Sequences lie one behind another in one tensor of T tokens; `cu_seqlens` [B+1] holds where each
 begins. A token attends to itself and to what came before it in its own sequence, nothing else.
+
+    out[t] = sum_{s <= t} exp(q[t] . k[s] * scale - lse[t]) v[s]
+    lse[t] = log sum_{s <= t} exp(q[t] . k[s] * scale)
+
+The [T, T] matrix of weights is never in memory. A program owns BM rows of q of one head and walks
+over the keys in tiles of BN, from the sequence's first key to the diagonal, with the online softmax
+of `attention_tiles.attend`. It writes its rows of out, and lse, from which the backward pass
+(`flash_backward.py`) rebuilds any tile of weights.
+
+    one sequence, one head         keys ->    BN
+                                 rows of q  +----+----+----+----+
+       full tiles (no mask):  #       BM    | \  |    |    |    |
+       diagonal tiles:        \             +----+----+----+----+
+       never touched:                       | #  | \  |    |    |    BM = BN here; with BM = 2 BN
+                                            +----+----+----+----+    the diagonal takes two tiles
+                                            | #  | #  | \  |    |
+                                            +----+----+----+----+
+                                            | #  | #  | #  | \  |  <- started first: the longest
+                                            +----+----+----+----+
+
+Work and traffic of one sequence of L tokens: 4 * Hq * D * L^2 / 2 floating-point operations, and
+2 * L * (2 Hq + 2 Hkv) * D bytes at least (bf16), that is L / (2 * (1 + Hkv / Hq)) operations a
+byte: at 4,096 tokens more than 1,000, far above the 180 or so at which an H200 stops waiting for
+memory. So tensor cores are the limit, and beside them exp2: at 16 a clock and SM it takes half as
+many clocks as the two products of a D = 128 tile. That is why so little else is done per logit.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
 
+from kernels.attention_tiles import (
+    aot_rows,
+    aot_signature,
+    attend,
+    find_tile,
+    load_tile,
+    slots,
+    slots_chunk,
+)
 from kernels.dispatch import choose
+from kernels.flash_backward import backward
+from kernels.tiles import tile
+from kernels.triton_compat import jit, tl, triton
 
 
 def pad_index(cu_seqlens):
@@ -36,11 +75,169 @@ def reference(q, k, v, cu_seqlens, scale=None):
     return out.transpose(1, 2).reshape(B * L, Hq, D)[index]
 
 
+@jit
+def forward_kernel(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    cu_seqlens,
+    B,
+    T,
+    q_token,
+    q_head,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    HEADS: tl.constexpr,  # query heads
+    GROUP: tl.constexpr,  # query heads per key head
+    D: tl.constexpr,
+    BD: tl.constexpr,  # D rounded up to a power of two
+    SCALE: tl.constexpr,  # softmax scale times log2(e)
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Grid (slots, Hq). q, k, v are read through their strides; out [T, Hq, D], lse [Hq, T]."""
+    slot = tl.num_programs(0) - 1 - tl.program_id(0)  # a sequence's last tile is its longest
+    head = tl.program_id(1)
+    _, start, length, first = find_tile(cu_seqlens, B, slot, BM, CHUNK)
+    if first >= length:
+        return
+
+    rows = first + tl.arange(0, BM)  # positions in the sequence
+    d = tl.arange(0, BD)
+    in_row, in_d = rows < length, d < D
+    tokens = (start + rows).to(tl.int64)
+    q_tile = load_tile(
+        q + tokens[:, None] * q_token + head * q_head + d[None, :], in_row, in_d, True, D < BD
+    )
+    # A walk that carried its pointers along would hold 64-bit tiles of them in registers.
+    keys = tl.arange(0, BN)
+    k += start.to(tl.int64) * k_token + head // GROUP * k_head
+    v += start.to(tl.int64) * v_token + head // GROUP * v_head
+
+    top = tl.full([BM], -float("inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BD], tl.float32)
+    diagonal = first // BN * BN  # the keys before it are seen by all rows of the tile
+    for n in range(0, diagonal, BN):
+        at = (n + keys).to(tl.int64)[:, None]
+        k_tile = load_tile(k + at * k_token + d[None, :], in_row, in_d, False, D < BD)
+        v_tile = load_tile(v + at * v_token + d[None, :], in_row, in_d, False, D < BD)
+        top, total, acc = attend(q_tile, k_tile, v_tile, True, top, total, acc, SCALE, False)
+    for n in range(diagonal, tl.minimum(first + BM, length), BN):
+        columns = n + keys
+        at = columns.to(tl.int64)[:, None]
+        k_tile = load_tile(k + at * k_token + d[None, :], columns < length, in_d, True, D < BD)
+        v_tile = load_tile(v + at * v_token + d[None, :], columns < length, in_d, True, D < BD)
+        seen = rows[:, None] >= columns[None, :]
+        top, total, acc = attend(q_tile, k_tile, v_tile, seen, top, total, acc, SCALE, True)
+
+    acc = acc / total[:, None]
+    out_at = out + (tokens * HEADS + head)[:, None] * D + d[None, :]
+    tl.store(out_at, acc.to(out.dtype.element_ty), mask=in_row[:, None] & in_d[None, :])
+    tl.store(lse + head.to(tl.int64) * T + tokens, top + tl.log2(total), mask=in_row)
+
+
+def forward(q, k, v, cu_seqlens, scale):
+    """Launch the forward kernel: out [T, Hq, D], and lse [Hq, T] in base 2, scale included."""
+    (T, Hq, D), Hkv, B = q.shape, k.shape[1], len(cu_seqlens) - 1
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(Hq, T, dtype=torch.float32, device=q.device)
+    choice = tile("attention_forward", q, D=D)
+    forward_kernel[(slots(T, B, choice["BM"]), Hq)](
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cu_seqlens,
+        B,
+        T,
+        *q.stride()[:2],
+        *k.stride()[:2],
+        *v.stride()[:2],
+        HEADS=Hq,
+        GROUP=Hq // Hkv,
+        D=D,
+        BD=triton.next_power_of_2(D),
+        SCALE=scale * math.log2(math.e),
+        CHUNK=slots_chunk(B),
+        **choice,
+    )
+    return out, lse
+
+
+class Attention(torch.autograd.Function):
+    """The Triton kernels as one differentiable operation."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens, scale):
+        out, lse = forward(q, k, v, cu_seqlens, scale)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return *backward(*ctx.saved_tensors, grad, ctx.scale), None, None
+
+
+def flash(q, k, v, cu_seqlens, scale):
+    """The same through the flash-attn package. It wants the longest length: one host sync."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError as error:
+        raise RuntimeError("attention: impl='flash' needs the flash-attn package") from error
+    cu_seqlens = cu_seqlens.to(torch.int32)
+    longest = int(cu_seqlens.diff().max())
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, longest, longest, softmax_scale=scale, causal=True
+    )
+
+
 def attention(q, k, v, cu_seqlens, scale=None, impl="auto"):
     """Varlen causal attention. q [T, Hq, D], k and v [T, Hkv, D], cu_seqlens [B+1] -> [T, Hq, D].
 
     Hq must be a multiple of Hkv: query head h reads key head h // (Hq / Hkv). scale defaults to
-    D**-0.5. Differentiable in q, k and v.
+    D**-0.5. Differentiable in q, k and v; impl="triton" sums each gradient in a fixed order, so a
+    repeated run gives the same bits. impl="flash" is the flash-attn package.
     """
-    choose(impl)
-    return reference(q, k, v, cu_seqlens, scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    impl = choose(impl, "attention", q, k, v, probe=probe)
+    if impl == "flash":
+        return flash(q, k, v, cu_seqlens, scale)
+    if impl == "torch":
+        return reference(q, k, v, cu_seqlens, scale)
+    if scale <= 0:
+        raise ValueError(f"attention: scale must be positive, not {scale}")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"attention: {q.shape[1]} query heads over {k.shape[1]} key heads")
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    return Attention.apply(q, k, v, cu_seqlens.to(torch.int32), scale)
+
+
+def probe(device, dtype):
+    """A small case through kernels and reference, for `dispatch.trial`: out, dq, dk, dv of each."""
+    cu_seqlens = torch.tensor([0, 150, 151, 230], dtype=torch.int32, device=device)
+    heads = (4, 2, 2)
+    q, k, v = (torch.randn(230, h, 64, device=device, dtype=dtype) for h in heads)
+    grad = torch.randn_like(q)
+
+    def run(impl):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = attention(*leaves, cu_seqlens, impl=impl)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+    return run("triton"), run("torch")
+
+
+def aot_cases(arch):
+    """What `kernels/check.py` compiles here."""
+    for kind, constants, options in aot_rows("attention_forward", arch):
+        types = aot_signature(forward_kernel, kind)
+        yield f"attention_forward {kind}", forward_kernel, types, constants, options, kind == "bf16"

@@ -1,19 +1,56 @@
-"""Log-prob and entropy of the language-model head: hidden states in, one number per token out.
+"""Log-prob and entropy of the language-model head: hidden states in, two numbers per token out.
 
-The logits of N tokens over V words are the largest tensor of RL training by far ([N, V] fp32 is
+The logits of N tokens over V words are the largest tensor of RL training by far ([N, V] in fp32 is
 40 GB at N = 65k, V = 152k), and all that training wants of them is the log-probability of the
-token that was sampled and the entropy of the distribution it was sampled from.
+token that was sampled and the entropy of the distribution it was sampled from:
 
-    logits = hidden @ weight.T / temperature              [N, V]
-    logp   = logits[target] - logsumexp(logits)           [N]
-    entropy= logsumexp(logits) - sum softmax * logits     [N]
+    x       = hidden @ weight.T / temperature             [N, V]
+    logp    = x[target] - lse          with  lse = log sum_j exp(x_j)                        [N]
+    entropy = -sum_j p_j log p_j = lse - sum_j p_j x_j   with  p_j = exp(x_j - lse)          [N]
+
+So make a tile of logits, take from it what those sums need, and forget it. Read `head_tiles.py`
+first (a page: the tile of logits, the softmax that streams, what Triton is), then from here:
+
+    1. `forward_kernel`   four numbers per row and part of the vocabulary; `merge_kernel` adds up
+    2. `dlogits_kernel`   the gradient of a tile of logits, from a tile made again
+    3. `forward`, `backward`, `LogProb`, `logprob`    launching them
+
+Tiling of the forward pass, and who does what (TILES = 2):
+
+                   words V ->   BN
+                  +----+----+----+----+----+--       one program: BM rows of hidden against TILES
+    rows N    BM  | program | program | ...          tiles of BN words. It leaves four numbers a
+                  +----+----+----+----+----+--       row behind, and a small kernel merges those
+                  | program | program | ...          of a row over all programs.
+
+Cost: forward is one matrix product, 2 N H V floating-point operations; the bytes are hidden and
+weight, 2 (N + V) H in bf16, read about once thanks to the order of the programs (`my_tile`), and 16
+bytes for each row and program. At N = 8192, H = 4096, V = 151,936 that is 10.2 TFLOP against 1.3
+GB: the matrix units are the limit, by a factor of 40. Backward is three such products: the logits
+again (cheaper than having kept them), then dhidden and dweight, which are left to cuBLAS.
 """
+
+import math
 
 import torch
 
 from kernels.dispatch import choose
+from kernels.head_tiles import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    handle,
+    logits_tile,
+    merge_sums,
+    my_tile,
+    online_step,
+    padded,
+)
+from kernels.tiles import choices, compile_time, tile
+from kernels.triton_compat import jit, tl, triton
 
 IGNORE = -100  # a target that counts for nothing: log-prob 0, entropy 0, no gradient
+CHUNK_BYTES = 2**28  # memory for d-logits in the backward pass
 
 
 def reference(hidden, weight, targets, temperature=1.0):
@@ -28,12 +65,253 @@ def reference(hidden, weight, targets, temperature=1.0):
     return torch.where(keep, chosen, zero), torch.where(keep, entropy, zero)
 
 
+# 1. Forward.
+
+
+@jit
+def forward_kernel(
+    hidden, weight, targets, tops, totals, moments, chosen,
+    N, V, H, hidden_stride, weight_stride, splits, scale,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
+    GROUP: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Program: BM rows against TILES * BN words. Grid (row tiles * splits,).
+
+    hidden [N, H], weight [V, H], targets [N] int64; scale = log2(e) / temperature. Leaves tops,
+    totals, moments (see `online_step`) and chosen, the target's base-2 logit (from the one program
+    that meets it, else LOWEST): each [splits, N] fp32.
+    """
+    row, split = my_tile(tl.program_id(0), tl.cdiv(N, BM), splits, GROUP)
+    rows = row * BM + tl.arange(0, BM)
+    target = tl.load(targets + rows, mask=rows < N, other=-1).to(tl.int32)
+    top = tl.full([BM], LOWEST, tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    moment = tl.zeros([BM], tl.float32)
+    mine = tl.full([BM], LOWEST, tl.float32)
+    for i in range(TILES):
+        word = (split * TILES + i) * BN
+        x = logits_tile(
+            hidden, weight, row * BM, word, N, V, H, hidden_stride, weight_stride, BM, BN, BK, TMA
+        )
+        x *= scale
+        words = word + tl.arange(0, BN)
+        # Outside, x is 0, and a zero counts: exp(0) = 1, and it is the maximum of negative logits.
+        x = tl.where((words < V)[None, :], x, LOWEST)
+        is_target = words[None, :] == target[:, None]
+        mine = tl.maximum(mine, tl.max(tl.where(is_target, x, LOWEST), 1))
+        top, total, moment = online_step(x, top, total, moment)
+    at = split.to(tl.int64) * N + rows
+    tl.store(tops + at, top, mask=rows < N)
+    tl.store(totals + at, total, mask=rows < N)
+    tl.store(moments + at, moment, mask=rows < N)
+    tl.store(chosen + at, mine, mask=rows < N)
+
+
+@jit
+def merge_kernel(
+    tops, totals, moments, chosen, targets, logp, entropy, lse, N, splits,
+    BS: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Program: BR rows, all splits. Grid (row blocks,). Writes logp and entropy in nats and lse in
+    bits (for the backward pass), [N] fp32."""
+    rows = tl.program_id(0) * BR + tl.arange(0, BR)
+    inside = rows < N
+    top, total, moment = merge_sums(tops, totals, moments, rows[None, :], N, splits, BS, BR)
+    mine = tl.full([BR], LOWEST, tl.float32)
+    for s in range(0, splits, BS):
+        split = s + tl.arange(0, BS)[:, None]
+        at, here = split.to(tl.int64) * N + rows[None, :], (split < splits) & inside[None, :]
+        mine = tl.maximum(mine, tl.max(tl.load(chosen + at, mask=here, other=LOWEST), 0))
+    keep = tl.load(targets + rows, mask=inside, other=0) != -100
+    bits = tl.log2(total)
+    # mine - top first: near p = 1 both are large and nearly equal, and bits is tiny
+    tl.store(logp + rows, tl.where(keep, (mine - top - bits) * LN2, 0.0), mask=inside)
+    tl.store(entropy + rows, tl.where(keep, (bits - moment / total) * LN2, 0.0), mask=inside)
+    tl.store(lse + rows, top + bits, mask=inside)
+
+
+# 2. Backward: the gradient of the logits, tile by tile.
+
+
+@jit
+def dlogits_kernel(
+    hidden, weight, dlogits, targets, lse, entropy, grad_logp, grad_entropy,
+    first, width, N, H, hidden_stride, weight_stride, dlogits_stride, scale,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Program: one tile of dlogits [N, width], the gradient of hidden @ weight[first:].T.
+
+    With g and e the gradients of logp and entropy, and log p_j = x_j - lse:
+
+        d logp / d x_j    = [j is target] - p_j
+        d entropy / d x_j = -p_j * (log p_j + entropy)
+        d x_j             = [j is target] * g - p_j * (g + e * (log p_j + entropy))
+
+    and the product is x * temperature, so its gradient is d x_j / temperature. All of it in fp32,
+    rounded once at the end: p rounded to bf16 is exactly 1 above 0.998, and p - 1 then 0.
+    """
+    row, column = my_tile(tl.program_id(0), tl.cdiv(N, BM), tl.cdiv(width, BN), GROUP)
+    word = first + column * BN
+    x = logits_tile(
+        hidden, weight, row * BM, word, N, first + width, H, hidden_stride, weight_stride,
+        BM, BN, BK, TMA,
+    )  # fmt: skip
+    x *= scale
+
+    rows = row * BM + tl.arange(0, BM)
+    inside = rows < N
+    target = tl.load(targets + rows, mask=inside, other=-100).to(tl.int32)
+    keep = inside & (target != -100)
+    # 1 / temperature = scale * ln(2)
+    g = tl.load(grad_logp + rows, mask=keep, other=0.0) * (scale * LN2)
+    e = tl.load(grad_entropy + rows, mask=keep, other=0.0) * (scale * LN2)
+    h = tl.load(entropy + rows, mask=keep, other=0.0)
+    log_p = x - tl.load(lse + rows, mask=keep, other=0.0)[:, None]  # bits
+    # A row to ignore has g = e = 0, and its p must be finite for 0 * p to be 0.
+    p = tl.exp2(tl.where(keep[:, None], log_p, 0.0))
+    d = -p * (g[:, None] + e[:, None] * (log_p * LN2 + h[:, None]))
+    words = word + tl.arange(0, BN)
+    d += tl.where(words[None, :] == target[:, None], g[:, None], 0.0)
+    if TMA:
+        dlogits.store([row * BM, column * BN], d.to(dlogits.dtype))
+    else:
+        c = column * BN + tl.arange(0, BN)
+        at = dlogits + rows.to(tl.int64)[:, None] * dlogits_stride + c[None, :]
+        tl.store(at, d.to(dlogits.dtype.element_ty), mask=inside[:, None] & (c < width)[None, :])
+
+
+# 3. Launching.
+
+
+def forward(hidden, weight, targets, temperature):
+    """Launch the forward kernels: logp [N], entropy [N] in nats, lse [N] in bits."""
+    hidden, weight = padded(hidden), padded(weight)
+    (N, H), V = hidden.shape, weight.shape[0]
+    choice = tile("logprob_forward", hidden, N=N)
+    BM, BN, BK, TMA = (choice[name] for name in ("BM", "BN", "BK", "TMA"))
+    splits = triton.cdiv(V, choice["TILES"] * BN)
+    parts = torch.empty(4, splits, N, dtype=torch.float32, device=hidden.device).unbind()
+    forward_kernel[(triton.cdiv(N, BM) * splits,)](
+        handle(hidden, BM, BK, TMA), handle(weight, BN, BK, TMA), targets, *parts,
+        N, V, H, hidden.stride(0), weight.stride(0), splits, LOG2E / temperature, **choice,
+    )  # fmt: skip
+    results = torch.empty(3, N, dtype=torch.float32, device=hidden.device).unbind()
+    choice = tile("logprob_merge", hidden)
+    grid = (triton.cdiv(N, choice["BR"]),)
+    merge_kernel[grid](*parts, targets, *results, N, splits, **choice)
+    return results
+
+
+def product_fp32(a, b):
+    """a @ b with the result in fp32, not rounded to the inputs' type."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def backward(hidden, weight, targets, lse, entropy, grad_logp, grad_entropy, temperature, needs):
+    """Gradients of hidden and weight (None where `needs` is false).
+
+    A chunk of words at a time, because dlogits [N, V] would not fit. Chunks of the vocabulary and
+    not of the tokens: each row of dweight is then finished by one product, and only dhidden, the
+    small one, is a sum over chunks. No atomics, a fixed order: the same bits in every run.
+    """
+    (N, H), V = hidden.shape, weight.shape[0]
+    choice = tile("logprob_backward", hidden)
+    BM, BN, BK, TMA = (choice[name] for name in ("BM", "BN", "BK", "TMA"))
+    x, w = padded(hidden), padded(weight)
+    matrices = handle(x, BM, BK, TMA), handle(w, BN, BK, TMA)
+    strides = x.shape[1], x.stride(0), w.stride(0)
+    chunk = chunk_words(N, V, hidden.element_size())
+    dlogits = torch.empty(N, chunk, dtype=hidden.dtype, device=hidden.device)
+    dhidden = torch.zeros(N, H, dtype=torch.float32, device=hidden.device) if needs[0] else None
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
+    for first in range(0, V, chunk):
+        part = dlogits[:, : min(chunk, V - first)]  # [N, width]
+        tiles = triton.cdiv(N, BM) * triton.cdiv(part.shape[1], BN)
+        dlogits_kernel[(tiles,)](
+            *matrices, handle(part, BM, BN, TMA), targets, lse, entropy, grad_logp, grad_entropy,
+            first, part.shape[1], N, *strides, chunk, LOG2E / temperature, **choice,
+        )  # fmt: skip
+        words = slice(first, first + part.shape[1])
+        if needs[0]:
+            dhidden += product_fp32(part, weight[words])  # [N, width] @ [width, H]
+        if needs[1]:
+            torch.mm(part.T, hidden, out=dweight[words])  # [width, N] @ [N, H]
+    return dhidden.to(hidden.dtype) if needs[0] else None, dweight
+
+
+def chunk_words(N, V, element_size):
+    """Words per chunk: equal chunks, multiples of 256, of about CHUNK_BYTES but 1,024 words at
+    least, so that the products stay large."""
+    chunks = math.ceil(V / max(1024, CHUNK_BYTES // (N * element_size)))
+    return math.ceil(V / chunks / 256) * 256
+
+
+class LogProb(torch.autograd.Function):
+    """The kernels as one differentiable operation. Saves its inputs and two numbers per row."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature):
+        logp, entropy, lse = forward(hidden, weight, targets, temperature)
+        ctx.save_for_backward(hidden, weight, targets, lse, entropy)
+        ctx.temperature = temperature
+        return logp, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_logp, grad_entropy):
+        grads = grad_logp.contiguous(), grad_entropy.contiguous()
+        needs = ctx.needs_input_grad[:2]
+        return *backward(*ctx.saved_tensors, *grads, ctx.temperature, needs), None, None
+
+
 def logprob(hidden, weight, targets, temperature=1.0, impl="auto"):
     """Log-probability (nats) of each target and entropy (nats) of each row's distribution.
 
-    hidden [N, H]; weight [V, H]; targets [N] int64, -100 = ignored (0, 0 and no gradient);
-    temperature > 0 divides the logits. Returns logp [N], entropy [N] (fp32, or fp64 for fp64
-    inputs), both differentiable in hidden and weight.
+    hidden [N, H]; weight [V, H]; targets [N] int64, -100 = ignored (0, 0 and no gradient), other
+    values outside 0..V-1 are undefined; temperature > 0 divides the logits. Returns logp [N],
+    entropy [N] (fp32, or fp64 for fp64 inputs), both differentiable in hidden and weight.
     """
-    choose(impl)
-    return reference(hidden, weight, targets, temperature)
+    impl = choose(impl, "logprob", hidden, weight, probe=probe)
+    if impl == "torch" or hidden.shape[0] == 0:
+        return reference(hidden, weight, targets, temperature)
+    return LogProb.apply(hidden, weight.to(hidden.dtype), targets.contiguous(), float(temperature))
+
+
+def probe(device, dtype):
+    """The trial launch: outputs and gradients of the kernels and of the reference, odd sizes."""
+    sides = []
+    x = torch.randn(70, 128, device=device, dtype=dtype)
+    w = torch.randn(1000, 128, device=device, dtype=dtype) / 4
+    targets = torch.randint(0, 1000, (70,), device=device)
+    targets[3] = IGNORE
+    for impl in ("triton", "torch"):
+        hidden, weight = x.clone().requires_grad_(), w.clone().requires_grad_()
+        logp, entropy = logprob(hidden, weight, targets, 0.7, impl=impl)
+        (logp.sum() + entropy.square().sum()).backward()
+        sides.append((logp.detach(), entropy.detach(), hidden.grad, weight.grad))
+    return sides
+
+
+def aot_cases(arch):
+    """What `kernels/check.py` compiles: each shipped tile of each kernel."""
+    common = dict.fromkeys(("N", "V", "splits", "first", "width"), "i32")
+    strides = "hidden_stride", "weight_stride", "dlogits_stride"
+    common |= dict.fromkeys(("H", *strides), "i32:16") | {"targets": "*i64"}
+    common |= dict.fromkeys(("tops", "totals", "moments", "chosen", "lse", "entropy"), "*fp32")
+    common |= dict.fromkeys(("grad_logp", "grad_entropy", "logp"), "*fp32")
+    for op, function in (("logprob_forward", forward_kernel), ("logprob_backward", dlogits_kernel)):
+        for limits, values in choices(op, arch):
+            kind = "bf16" if limits.get("bytes") == 2 else "fp32"
+            types = {"scale": "fp32"}
+            tiles = (("hidden", "BM", "BK"), ("weight", "BN", "BK"), ("dlogits", "BM", "BN"))
+            for name, rows, columns in tiles:
+                descriptor = f"tensordesc<{kind}[{values[rows]},{values[columns]}]>"
+                types[name] = descriptor if values["TMA"] else f"*{kind}"
+            case = function, {**common, **types}, *compile_time(values), kind == "bf16"
+            yield f"{op} {kind}", *case
+    for _, values in choices("logprob_merge", arch):
+        yield "logprob_merge", merge_kernel, common, *compile_time(values), False

@@ -1,12 +1,28 @@
 """Rotary position embedding, alone and together with the write into the paged cache.
 
 Dimension i is paired with i + D/2 (the layout of Hugging Face checkpoints), and the pair is
-rotated by the angle position * theta**(-2i/D), whose cosines and sines come in tables.
+rotated by the angle position * theta**(-2i/D), whose cosines and sines come in tables:
+
+    a' = a cos - b sin        b' = b cos + a sin        with a = x[i], b = x[i + D/2]
+
+A rotation's transpose is the rotation back, so the gradient is the same kernel with -sin.
+
+One program a token, all heads at once, so that the token's angles are read once: q and k are tiles
+of [heads, D/2], a left and a right half. In a decode step the rotated k goes straight to its place
+in the cache, and v with it: three launches (rotate, write, write) and a round trip of k are one.
+Traffic only: each of q, k and v read once and written once, 2 * 2 * (Hq + 2 Hkv) * D bytes a token.
+
+               D/2      D/2                        slots[t]
+            +--------+--------+                  +---------+
+    heads   |   a    |   b    |  token t  ---->  | k_cache |  row of token t: block * block_size
+            +--------+--------+                  +---------+                  + offset
 """
 
 import torch
 
 from kernels.dispatch import choose
+from kernels.tiles import choices, compile_time, tile
+from kernels.triton_compat import jit, tl, triton
 
 
 def rotate(x, cos, sin):
@@ -32,13 +48,111 @@ def reference_write(q, k, v, cos, sin, positions, k_cache, v_cache, slots):
     return q
 
 
+@jit
+def turn(
+    x, out, head_x, head_out, cos, sin,
+    HEADS: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Rotate one token's heads: x [HEADS, D] -> out [HEADS, D]; cos and sin [BD] fp32."""
+    h, i = tl.arange(0, BH)[:, None], tl.arange(0, BD)[None, :]
+    inside = (h < HEADS) & (i < D // 2)
+    a = tl.load(x + h * head_x + i, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(x + h * head_x + i + D // 2, mask=inside, other=0.0).to(tl.float32)
+    first = a * cos[None, :] - b * sin[None, :]
+    second = b * cos[None, :] + a * sin[None, :]
+    kind = out.dtype.element_ty
+    tl.store(out + h * head_out + i, first.to(kind), mask=inside)
+    tl.store(out + h * head_out + i + D // 2, second.to(kind), mask=inside)
+
+
+@jit
+def rope_kernel(
+    q, k, v, q_out, k_out, v_out, cos, sin, positions, slots,
+    q_token, q_head, k_token, k_head, v_token, v_head, out_token, out_head, v_out_token, v_out_head,
+    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BKV: tl.constexpr,
+    BD: tl.constexpr, WRITE: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    """Grid (T,). q_out [T, HQ, D]. WRITE: k and v go to row slots[t] of the caches k_out and v_out,
+    nowhere if that is negative; else k goes to row t of k_out. BACK: rotate the other way."""
+    token = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BD)
+    angle = tl.load(positions + token).to(tl.int64) * (D // 2) + i
+    c = tl.load(cos + angle, mask=i < D // 2, other=0.0).to(tl.float32)
+    s = tl.load(sin + angle, mask=i < D // 2, other=0.0).to(tl.float32)
+    if BACK:
+        s = -s
+    turn(q + token * q_token, q_out + token * HQ * D, q_head, D, c, s, HQ, D, BQ, BD)
+    row = token
+    if WRITE:
+        row = tl.load(slots + token).to(tl.int64)
+    if row >= 0:
+        k_to = k_out + row * out_token
+        turn(k + token * k_token, k_to, k_head, out_head, c, s, HKV, D, BKV, BD)
+        if WRITE:
+            h, d = tl.arange(0, BKV)[:, None], tl.arange(0, 2 * BD)[None, :]
+            inside = (h < HKV) & (d < D)
+            value = tl.load(v + token * v_token + h * v_head + d, mask=inside, other=0.0)
+            v_at = v_out + row * v_out_token + h * v_out_head + d
+            tl.store(v_at, value.to(v_out.dtype.element_ty), mask=inside)
+
+
+def shapes(Hq, Hkv, D):
+    """The kernel's constexprs that follow from the shape."""
+    power = triton.next_power_of_2
+    sizes = {"HQ": Hq, "HKV": Hkv, "D": D}
+    return sizes | {"BQ": power(Hq), "BKV": power(Hkv), "BD": power(D // 2)}
+
+
+def dense(x):
+    """Kernels walk the last dimension without a stride: copy where it has one."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def launch(q, k, cos, sin, positions, back=False, v=None, caches=None, slots=None):
+    """Launch the kernel: (q, k) rotated, or q rotated and k and v written to the caches."""
+    q, k, cos, sin = dense(q), dense(k), cos.contiguous(), sin.contiguous()
+    (T, Hq, D), Hkv = q.shape, k.shape[1]
+    q_out = torch.empty(T, Hq, D, dtype=q.dtype, device=q.device)
+    if caches is None:
+        k_out = v_out = torch.empty(T, Hkv, D, dtype=k.dtype, device=k.device)
+        v, slots = k, positions  # not read
+        rows = k_out, v_out
+    else:
+        k_out, v_out = caches
+        rows = k_out.view(-1, Hkv, D), v_out.view(-1, Hkv, D)  # raises for caches with gaps
+        v = dense(v)
+    rope_kernel[(T,)](
+        q, k, v, q_out, k_out, v_out, cos, sin, positions, slots,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        *rows[0].stride()[:2], *rows[1].stride()[:2],
+        WRITE=caches is not None, BACK=back, **shapes(Hq, Hkv, D), **tile("rope", q),
+    )  # fmt: skip
+    return q_out, k_out
+
+
+class Rope(torch.autograd.Function):
+    """The kernel as a differentiable operation: backward turns the gradients back."""
+
+    @staticmethod
+    def forward(ctx, q, k, cos, sin, positions):
+        ctx.save_for_backward(cos, sin, positions)
+        return launch(q, k, cos, sin, positions)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_q, grad_k):
+        return *launch(grad_q, grad_k, *ctx.saved_tensors, back=True), None, None, None
+
+
 def rope(q, k, cos, sin, positions, impl="auto"):
     """q [T, Hq, D], k [T, Hkv, D] rotated to positions [T]; cos, sin [P, D/2] are the tables.
 
     Returns new q and k. Differentiable in q and k.
     """
-    choose(impl)
-    return reference_rope(q, k, cos, sin, positions)
+    impl = choose(impl, "rope", q, k, probe=probe)
+    if impl == "torch" or q.shape[0] == 0:
+        return reference_rope(q, k, cos, sin, positions)
+    return Rope.apply(q, k, cos, sin, positions)
 
 
 def rope_write(q, k, v, cos, sin, positions, k_cache, v_cache, slots, impl="auto"):
@@ -47,5 +161,57 @@ def rope_write(q, k, v, cos, sin, positions, k_cache, v_cache, slots, impl="auto
     Caches [num_blocks, block_size, Hkv, D] are written in place at slots [T] (block * block_size
     + offset; negative = not written). Returns the rotated q. No gradient.
     """
-    choose(impl)
-    return reference_write(q, k, v, cos, sin, positions, k_cache, v_cache, slots)
+    impl = choose(impl, "rope_write", q, k, v, probe=probe_write)
+    if impl == "torch" or q.shape[0] == 0:
+        return reference_write(q, k, v, cos, sin, positions, k_cache, v_cache, slots)
+    return launch(
+        q, k, cos, sin, positions, v=v, caches=(k_cache, v_cache), slots=slots.contiguous()
+    )[0]
+
+
+def example(device, dtype, T=20):
+    """Inputs of a small launch: q, k, cos, sin, positions."""
+    q = torch.randn(T, 6, 64, device=device, dtype=dtype)
+    k = torch.randn(T, 2, 64, device=device, dtype=dtype)
+    angles = torch.randn(100, 32, device=device)
+    return q, k, angles.cos(), angles.sin(), torch.randint(0, 100, (T,), device=device)
+
+
+def probe(device, dtype):
+    """The trial launch of `rope`: outputs and gradients of kernel and reference."""
+    q, k, *tables = example(device, dtype)
+    sides = []
+    for impl in ("triton", "torch"):
+        a, b = q.clone().requires_grad_(), k.clone().requires_grad_()
+        turned = rope(a, b, *tables, impl=impl)
+        (turned[0] * q.flip(0)).sum().backward(retain_graph=True)
+        (turned[1] * k.flip(0)).sum().backward()
+        sides.append((turned[0].detach(), turned[1].detach(), a.grad, b.grad))
+    return sides
+
+
+def probe_write(device, dtype):
+    """The trial launch of `rope_write`: rotated q and both caches."""
+    q, k, *tables = example(device, dtype)
+    slots = torch.randperm(32, device=device)[:20]
+    slots[5] = -1
+    sides = []
+    for impl in ("triton", "torch"):
+        caches = torch.zeros(2, 4, 8, 2, 64, device=device, dtype=dtype)
+        turned = rope_write(q, k, k.flip(0), *tables, *caches, slots, impl=impl)
+        sides.append((turned, caches))
+    return sides
+
+
+def aot_cases(arch):
+    """What `kernels/check.py` compiles: the head shapes of Qwen2.5 0.5B, 7B and 32B."""
+    types = dict.fromkeys(("q", "k", "v", "q_out", "k_out", "v_out"), "*bf16")
+    types |= dict.fromkeys(("cos", "sin"), "*fp32") | dict.fromkeys(("positions", "slots"), "*i64")
+    for name in ("q", "k", "v", "out", "v_out"):
+        types |= {f"{name}_token": "i32:16", f"{name}_head": "i32:16"}
+    for _, values in choices("rope", arch):
+        for heads in ((14, 2, 64), (28, 4, 128), (40, 8, 128)):
+            for name, write in (("rope", False), ("rope_write", True)):
+                constexprs, options = compile_time(values)
+                constexprs |= {"WRITE": write, "BACK": False, **shapes(*heads)}
+                yield name, rope_kernel, types, constexprs, options, False

@@ -1,4 +1,7 @@
-"""What the tests share: one thread, the shared data folder, and the shipped toy models."""
+"""What the tests share: one thread, the shared data folder, and the shipped toy models.
+
+Without a GPU, kernels run in Triton's interpreter, which must be on before Triton is imported.
+"""
 
 import os
 import runpy
@@ -12,6 +15,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from nanorrm import toy  # noqa: E402
 from nanorrm.config import EngineConfig  # noqa: E402

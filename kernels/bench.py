@@ -1,0 +1,193 @@
+"""How fast the kernels are, beside what the hardware can do and what others do on it.
+
+    python -m kernels.bench                         everything, under 10 minutes on one GPU
+    python -m kernels.bench attention logprob       some operations
+    python -m kernels.bench --json F --plot F       results as they come; a picture at the end
+    python -m kernels.bench --quick                 Qwen2.5-7B only, fewer repetitions
+    python -m kernels.bench --tune [op ...]         try tiles, rewrite the table in tiles.py
+
+First the ceilings, in the same run on the same machine: bytes a second of a large copy, and
+operations a second of a large bf16 product. Then each operation at shapes of Qwen2.5-0.5B to 32B:
+20th, 50th and 80th percentile of the time, the share of the ceiling that the operation's least
+bytes or operations come to at the median, and the peak of memory beyond the inputs. `ratio` is a
+peer's median over ours: 2.0 means that ours takes half the time.
+
+Times are CUDA events around one call, with a write larger than the L2 cache before each, so that no
+input is found there by luck. Calls below a third of a millisecond are captured in a CUDA graph
+where that is possible (`graph`), else the time of launching from Python would be measured.
+
+The measuring is done in a child process: a kernel that crashes or hangs costs its own line of the
+table and no other. On a machine without a GPU the PyTorch references are measured at small
+shapes, which shows that the program works and says nothing about the kernels.
+
+The last line of stdout is all results as one JSON object.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from kernels.bench_cases import OPS
+from kernels.bench_measure import ceilings, plan, rows, supervise
+from kernels.bench_peers import versions
+from kernels.triton_compat import HAVE_TRITON, triton
+
+
+def say(kind, value):
+    """One line of the child's talk with its parent."""
+    print(f"@{kind} {json.dumps(value)}", flush=True)
+
+
+def child(args):
+    """Measure and talk. Runs in a process of its own."""
+    ceiling = args.ceilings or ceilings("cuda", args.seconds)
+    say("ceilings", ceiling)
+    listed = plan(args.ops, "cuda", args.quick)
+    started = lambda i: say("start", i)  # noqa: E731
+    for row in rows(listed, "cuda", args.seconds, ceiling, args.skip, args.deadline, started):
+        say("row", row)
+
+
+def describe(device):
+    """What a reader of the numbers must know about the machine."""
+    name = platform.processor() or platform.machine()
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "triton": triton.__version__ if HAVE_TRITON else None,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "peers": versions(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def line(row):
+    """A row for people."""
+    head = f"{row['op']:<16}{row['phase']:<17}{row['model']:<7}{row['shape']:<44}{row['impl']:<18}"
+    if "missing" in row:
+        return head + f"missing: {row['missing']}"
+    if "error" in row:
+        return head + row["error"]
+    us, unit = row["us"], f"{row['gbs']:>8.0f} GB/s"
+    if row["bound"] == "matmul":
+        unit = f"{row['tflops']:>8.1f} TF/s"
+    peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:>9.0f} MiB"
+    ratio = f"  x{row['ratio']:.2f}" if "ratio" in row else ""
+    text = f"{us['p50']:>10.1f} us ({us['p20']:.1f} to {us['p80']:.1f}){unit}{row['share']:>7.1%}"
+    return head + text + peak + ratio
+
+
+def write(path, text):
+    """Beside, then renamed: a reader never finds half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.bench", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)}; default: all")
+    parser.add_argument("--json", help="write all results to this file, again after each")
+    parser.add_argument("--plot", help="write a picture (png, svg or pdf)")
+    parser.add_argument("--quick", action="store_true", help="Qwen2.5-7B only, 0.1 s a measurement")
+    parser.add_argument(
+        "--tune", action="store_true", help="try tiles, rewrite the table in tiles.py"
+    )
+    parser.add_argument("--minutes", type=float, default=9.0, help="start nothing new after these")
+    parser.add_argument("--seconds", type=float, help="of a measurement (0.3; 0.1 with --quick)")
+    for name, kind in (
+        ("child", int),
+        ("skip", int),
+        ("ceilings", json.loads),
+        ("deadline", float),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    unknown = [op for op in args.ops if op not in OPS]
+    if unknown:
+        parser.error(f"no operation {unknown[0]!r}; there are {', '.join(OPS)}")
+    args.ops = args.ops or list(OPS)
+    args.seconds = args.seconds or (0.1 if args.quick else 0.3)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.tune and device == "cpu":
+        sys.exit("kernels.bench --tune: measures on a GPU, and there is none here")
+    if args.child:
+        return child(args)
+    if args.tune:
+        from kernels.bench_tune import tune
+
+        return tune(args.ops, args.seconds, time.time() + 60 * args.minutes)
+
+    results = {"machine": describe(device), "ceilings": None, "rows": []}
+    listed = plan(args.ops, device, args.quick)
+    medians = {}
+
+    def receive(kind, value):
+        if kind == "ceilings":
+            results["ceilings"] = value
+            print(f"ceilings: copy {value['copy'] / 1e9:,.0f} GB/s, "
+                  f"product {value['matmul'] / 1e12:,.2f} TFLOP/s\n", flush=True)  # fmt: skip
+        else:
+            key = value["op"], value["phase"], value["model"], value["shape"]
+            if "us" in value and value["impl"] == "triton":
+                medians[key] = value["us"]["p50"]
+            elif "us" in value and key in medians:
+                value["ratio"] = round(value["us"]["p50"] / medians[key], 3)
+            results["rows"].append(value)
+            print(line(value), flush=True)
+        if args.json:
+            write(args.json, json.dumps(results, indent=1))
+
+    machine = results["machine"]
+    print(f"{machine['device']}, torch {machine['torch']}, triton {machine['triton']}")
+    missing = [name for name, version in machine["peers"].items() if version is None]
+    print("peers missing: " + (", ".join(missing) or "none"))
+    if device == "cpu":
+        print("no GPU: measuring the PyTorch references in fp32 at small shapes, no kernel")
+        receive("ceilings", ceilings("cpu", args.seconds))
+        for row in rows(listed, "cpu", min(args.seconds, 0.1), results["ceilings"]):
+            receive("row", row)
+    else:
+        options = [
+            *args.ops,
+            f"--seconds={args.seconds}",
+            f"--deadline={time.time() + 60 * args.minutes}",
+        ]
+        options += ["--quick"] if args.quick else []
+
+        def command(skip, ceiling):
+            known = [f"--ceilings={json.dumps(ceiling)}"] if ceiling else []
+            return [
+                sys.executable,
+                "-m",
+                "kernels.bench",
+                *options,
+                "--child=1",
+                f"--skip={skip}",
+                *known,
+            ]
+
+        supervise(command, listed, receive)
+    if args.plot:
+        from kernels.bench_plot import plot
+
+        plot(results, args.plot)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""The bench: its numbers add up, it survives what it measures, and says what is missing."""
+
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import bench, bench_measure, bench_peers, bench_tune, tiles
+from kernels.bench_cases import MODELS, OPS, cases
+
+TINY = [case for op in OPS for case in cases(op, small=True)]
+CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="tests what happens without a GPU")
+
+
+@CPU
+def test_on_a_cpu_references_are_measured_and_it_is_said(capsys, tmp_path):
+    results = tmp_path / "out" / "results.json"
+    picture = tmp_path / "out" / "picture.png"
+    bench.main(["rms_norm", "--json", str(results), "--plot", str(picture), "--seconds", "0.001"])
+    lines = capsys.readouterr().out.strip().splitlines()
+    last = json.loads(lines[-1])
+    assert last == json.loads(results.read_text())
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert sorted(x.name for x in results.parent.iterdir()) == ["picture.png", "results.json"]
+    assert "no GPU" in "\n".join(lines) and "peers missing" in "\n".join(lines)
+    assert [row["impl"] for row in last["rows"]] == ["torch", "torch"]
+    for row in last["rows"]:
+        assert 0 < row["us"]["p20"] <= row["us"]["p50"] <= row["us"]["p80"]
+        expected = row["gbs"] * 1e9 / last["ceilings"]["copy"]
+        assert row["share"] == pytest.approx(expected, rel=0.1, abs=1e-3)
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+def test_every_call_is_built_right(case):
+    """Ours and the reference are given the same inputs and asked for the same thing."""
+    inputs = case.inputs("cpu", torch.float32)
+    results = []
+    for name in ("triton", "torch"):
+        torch.manual_seed(5)  # gradients are drawn when the call is built
+        copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+        result = case.calls[name](*copies)()
+        results.append(result if isinstance(result, tuple | list) else (result,))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_even_sdpa_is_the_same_operation():
+    q, k, v = (torch.randn(24, h, 8) for h in (4, 2, 2))
+    bounds = torch.tensor([0, 8, 16, 24])
+    out = bench_peers.sdpa_even(3)(q, k, v, bounds)  # [B, H, L, D]
+    expected = cases("attention", small=True)[0].calls["torch"](q, k, v, bounds)()
+    torch.testing.assert_close(out.transpose(1, 2).flatten(0, 1), expected)
+
+
+def test_operations_and_bytes_of_a_known_shape():
+    """8192 x 4096 x 151,936 is 10.2 TFLOP a product; 64 sequences of 2,048 at 7B read 268 MB."""
+    head = {case.phase: case for case in cases("logprob") if case.model == "H=4096"}
+    assert head["forward"].flops == pytest.approx(10.196e12, rel=1e-3)
+    assert head["forward+backward"].flops == pytest.approx(4 * 10.196e12, rel=1e-3)
+    decode = next(c for c in cases("paged_attention") if c.model == "7B" and "B=64 " in c.shape)
+    assert decode.bytes == pytest.approx(64 * 2048 * 4 * 128 * 2 * 2, rel=0.01)
+    even = next(c for c in cases("attention") if c.model == "7B" and c.shape.startswith("4x4096"))
+    assert even.flops == pytest.approx(4 * 28 * 128 * 4 * 4096**2 / 2, rel=1e-3)
+
+
+def test_each_operation_meets_each_model():
+    for op in OPS:
+        assert {case.model for case in cases(op)} >= set(MODELS)
+
+
+def test_ours_is_measured_first_and_what_compiles_long_last():
+    names = [name for _, name in bench_measure.plan(list(OPS), "cuda", quick=False)]
+    assert names.index("torch") > max(i for i, n in enumerate(names) if n == "triton")
+    assert names.index("compiled") > max(i for i, n in enumerate(names) if n == "torch")
+
+
+def failing(error):
+    def build(*inputs):
+        raise error
+
+    return build
+
+
+def test_a_failing_call_is_a_row():
+    case = cases("swiglu", small=True)[0]
+    inputs = case.inputs("cpu", torch.float32)
+    missing = RuntimeError("needs the package")
+    missing.__cause__ = ModuleNotFoundError("no module", name="some_peer")
+    case.calls = {
+        "broken": failing(RuntimeError("boom\nand a long story")),
+        "absent": failing(ModuleNotFoundError("no module", name="some_peer")),
+        "wrapped": failing(missing),
+    }
+    ceiling = {"copy": 1e9, "matmul": 1e9}
+    found = {n: bench_measure.measure(case, n, inputs, "cpu", 0, ceiling) for n in case.calls}
+    assert found["broken"]["error"] == "RuntimeError: boom"
+    assert found["absent"]["missing"] == found["wrapped"]["missing"] == "some_peer"
+    assert all(bench.line(row) for row in found.values())
+
+
+def test_missing_peers_are_named():
+    found = bench_peers.versions()
+    assert set(found) == {"flash-attn", "liger", "cut-cross-entropy", "flashinfer"}
+
+
+def test_out_of_time_is_said():
+    listed = bench_measure.plan(["swiglu"], "cpu", quick=True)
+    past = time.time() - 1
+    found = list(bench_measure.rows(listed, "cpu", 0, {}, deadline=past))
+    assert len(found) == len(listed) and all("out of time" in row["error"] for row in found)
+
+
+# Stands in for a child that measures: crashes at number 1 and hangs at number 2.
+CHILD = """
+import json, os, sys, time
+print("compilers chatter on stdout, too")
+print("@ceilings " + json.dumps({"copy": 1.0, "matmul": 2.0}), flush=True)
+for i in range(int(sys.argv[1]), 4):
+    print("@start " + json.dumps(i), flush=True)
+    if i == 1:
+        print("an illegal memory access was encountered", file=sys.stderr, flush=True)
+        os._exit(3)
+    if i == 2:
+        time.sleep(60)
+    print("@row " + json.dumps({"i": i}), flush=True)
+"""
+
+
+def test_a_crash_and_a_hang_cost_one_row_each():
+    listed = [(case, "triton") for case in TINY[:4]]
+    got = []
+
+    def command(skip, ceiling):
+        assert (ceiling is None) == (skip == 0)
+        return [sys.executable, "-c", CHILD, str(skip)]
+
+    bench_measure.supervise(command, listed, lambda *x: got.append(x), silence=3)
+    assert [kind for kind, _ in got] == ["ceilings", "row", "row", "row", "row"]
+    values = [value for _, value in got[1:]]
+    assert values[0] == {"i": 0} and values[3] == {"i": 3}
+    assert "ended with 3: an illegal memory access" in values[1]["error"]
+    assert "timed out" in values[2]["error"]
+
+
+def test_a_child_that_never_starts_is_an_error():
+    listed = [(case, "triton") for case in TINY[:2]]
+    command = [sys.executable, "-c", "raise SystemExit('no driver')"]
+    with pytest.raises(RuntimeError, match="no driver"):
+        bench_measure.supervise(lambda *_: command, listed, lambda *_: None)
+
+
+def test_unknown_operation(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["attentoin"])
+    assert "attentoin" in capsys.readouterr().err
+
+
+@CPU
+def test_tuning_needs_a_gpu():
+    with pytest.raises(SystemExit, match="measures on a GPU"):
+        bench.main(["--tune"])
+
+
+def test_every_table_entry_worth_tuning_exists():
+    assert set(bench_tune.MEASURED_BY) <= set(tiles.TILES)
+    for public, phase in bench_tune.MEASURED_BY.values():
+        assert any(case.phase == phase for case in cases(public))
+
+
+def test_rewriting_the_table(tmp_path):
+    """A tuned row comes first, replaces the one tuned before, and the file still loads."""
+    source = Path(tiles.__file__).read_text()
+    limits = {"bytes": 2, "D": 128}
+    for BM in (32, 256):
+        values = {"BM": BM, "BN": 64, "num_warps": 4, "num_stages": 2}
+        source = bench_tune.rewrite(source, "attention_dq", "sm_90", limits, values, "measured")
+    scope = {}
+    exec(compile(source, "tiles.py", "exec"), scope)
+    assert scope["tile"]("attention_dq", "sm_90", **limits)["BM"] == 256
+    before = tiles.tile("attention_dq", "sm_100", **limits)
+    assert scope["tile"]("attention_dq", "sm_100", **limits) == before
+    assert len(scope["TILES"]["attention_dq"]) == len(tiles.TILES["attention_dq"]) + 1
+    assert len(re.findall("measured\n", source)) == 1
+    with pytest.raises(ValueError, match="no list for nothing"):
+        bench_tune.rewrite(source, "nothing", "sm_90", {}, {}, "")
+
+
+def test_descent_skips_what_does_not_run():
+    def time_of(values):
+        return None if values["BM"] > 64 else 1 / values["BM"]
+
+    best, spent, _ = bench_tune.descend({"BM": 16, "num_warps": 4}, time_of)
+    assert best["BM"] == 64 and spent == 1 / 64
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(capsys):
+    bench.main(["rms_norm", "--quick", "--seconds", "0.02"])
+    results = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    ours = [row for row in results["rows"] if row["impl"] == "triton"]
+    assert len(ours) == 2 and all(0 < row["share"] < 1.2 for row in ours)
