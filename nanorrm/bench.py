@@ -6,18 +6,23 @@ request asked for, not what a batch computes beside it. Everything runs in one p
 another on the same model, so that the ratios mean something on a noisy machine.
 """
 
+import importlib
+import itertools
 import json
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+import kernels
 from nanorrm import toy
 from nanorrm.config import EngineConfig, ModelConfig, UserError, fail, parse_command
 from nanorrm.engine import Engine
 from nanorrm.model import Transformer
+from nanorrm.packing import Sample, join
 from nanorrm.sampling import SamplingParams
 
 # Shapes by name: hidden, intermediate, layers, query heads, key heads, head size, vocabulary, tied.
@@ -40,6 +45,8 @@ class EngineBench:
     mean: float = 60.0  # mean of the response lengths, tokens
     longest: int = 256  # responses are cut there
     batches: str = "16,32,64,128"  # batch sizes a peer may choose from; its best one counts
+    decode: str = "64,256"  # batch sizes of the pure decode benchmark
+    contexts: str = "128,512"  # its context lengths, tokens
     peers: bool = True  # also run transformers' generate and generate_batch
     repeats: int = 3  # runs of ours; the median counts
     threads: int = 0  # CPU threads of torch; 0: its own choice
@@ -138,6 +145,78 @@ def time_generate_batch(theirs, prompts, lengths):
     return time.perf_counter() - began
 
 
+def time_vllm(package, model, prompts, lengths):
+    """Seconds of vLLM or nano-vllm, which shares its interface."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(Path(folder) / "model", toy.make_tokenizer())
+        llm = package.LLM(str(Path(folder) / "model"))
+        asked = [(p, n) for p, group in zip(prompts, lengths) for n in group]
+        params = [package.SamplingParams(max_tokens=n, ignore_eos=True) for _, n in asked]
+        began = time.perf_counter()
+        llm.generate([p for p, _ in asked], params)
+        return time.perf_counter() - began
+
+
+def copy_bandwidth(device):
+    """Bytes per second of a large copy, read and written bytes both counted."""
+    x = torch.empty(2**30 if device == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    times = []
+    for _ in range(8):
+        began = time.perf_counter()
+        y.copy_(x)
+        wait(device)
+        times.append(time.perf_counter() - began)
+    return 2 * x.numel() / sorted(times)[3]
+
+
+def wait(device):
+    """Until the device is done with what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def time_decode(model, batch, context, steps=48):
+    """Decoded tokens per second of `batch` sequences of about `context` tokens, prompts done."""
+    device = model.device.type
+    config = EngineConfig(max_batch=batch, num_blocks=batch * (-(-(context + 128) // 16)))
+    engine = Engine(model, toy.make_tokenizer(), config)
+    generator = torch.Generator().manual_seed(0)
+    for seed in range(batch):
+        prompt = torch.randint(256, (context,), generator=generator).tolist()
+        engine.add(prompt, SamplingParams(max_tokens=120, stop_token_ids=(), seed=seed))
+    while engine.waiting or engine.prefilling:
+        engine.step()
+    engine.step()  # on a GPU: records the graph
+    wait(device)
+    first, began = int(engine.rows.lengths[0]), time.perf_counter()
+    while engine.rows.lengths[0] < first + steps:
+        engine.step()
+    wait(device)
+    return batch * int(engine.rows.lengths[0] - first) / (time.perf_counter() - began)
+
+
+def agreement(model, prompts):
+    """(entropy, RMS difference) in nats of sampler and trainer log-probs on the same tokens, at a
+    temperature where random weights are about as sure as a trained model is."""
+    engine, low, high = Engine(model, toy.make_tokenizer()), 0.001, 1.0
+    for _ in range(12):
+        temperature = (low * high) ** 0.5
+        params = SamplingParams(temperature=temperature, max_tokens=48, stop_token_ids=())
+        out = engine.generate(prompts[:16], params)
+        pairs = zip(prompts, out)
+        batch = join([Sample(p, c.ids, {"logp": c.logprobs}) for p, (c,) in pairs], model.device)
+        with torch.no_grad():
+            hidden = model(batch.ids, batch.cu_seqlens)[batch.rows]
+            logp, entropy = kernels.logprob(hidden, model.head, batch.targets, temperature)
+        mean = entropy.mean().item()
+        if 0.3 <= mean <= 1:
+            break
+        low, high = (temperature, high) if mean < 0.3 else (low, temperature)
+    gap = logp - batch.values["logp"]
+    return mean, gap.square().mean().sqrt().item()
+
+
 def bench_engine(cfg):
     """Print one line per model and way of generating; ratios are to the best peer."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -148,7 +227,8 @@ def bench_engine(cfg):
     about = (
         torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
     )
-    print(f"{device}, {about}, torch {torch.__version__}")
+    bandwidth = copy_bandwidth(device)
+    print(f"{device}, {about}, torch {torch.__version__}, copy {bandwidth / 1e9:.1f} GB/s")
     for name in names.split(","):
         if name not in SHAPES:
             raise UserError(f"models: {name!r} is not one of {', '.join(SHAPES)}")
@@ -172,23 +252,29 @@ def bench_engine(cfg):
             peers(cfg, model, prompts, lengths, line)
             best = max(r["tokens_per_s"] for r in rows[-3:] if r["how"].startswith("transformers"))
             print(f"  nanorrm / best of transformers: {useful / seconds / best:.1f}x")
+        entropy, rms = agreement(model, prompts)
+        print(f"  sampler against trainer: RMS {rms:.2g} nats at entropy {entropy:.2f}")
+        kv = 2 * model.config.num_hidden_layers * model.config.num_key_value_heads
+        kv *= model.config.head_dim * model.head.element_size()  # bytes per token
+        weights = size * model.head.element_size()
+        for batch, context in itertools.product(numbers(cfg.decode), numbers(cfg.contexts)):
+            speed = time_decode(model, batch, context)
+            roof = batch / ((weights + batch * context * kv) / bandwidth)
+            note = f"{speed / roof:.1%} of the roofline, {roof:.0f}"
+            line(f"decode, batch {batch}, context {context}", useful / speed, note)
     if cfg.json:
         Path(cfg.json).write_text(json.dumps(rows, indent=2) + "\n")
 
 
 def peers(cfg, model, prompts, lengths, line):
     """Run what is installed of the peers; name what is not."""
-    import tempfile
-
     try:
         with tempfile.TemporaryDirectory() as folder:
             theirs = to_transformers(model, Path(folder) / "model")
     except ImportError:
         print("  transformers: not installed")
         return
-    times = {
-        b: time_generate(theirs, prompts, lengths, b) for b in map(int, cfg.batches.split(","))
-    }
+    times = {b: time_generate(theirs, prompts, lengths, b) for b in numbers(cfg.batches)}
     best = min(times, key=times.get)
     line("transformers generate", times[best], f"batch {best}, the best of {cfg.batches}")
     try:
@@ -196,7 +282,21 @@ def peers(cfg, model, prompts, lengths, line):
     except Exception as error:
         print(f"  transformers generate_batch: failed ({type(error).__name__}: {error})")
     for package in ("vllm", "nanovllm"):
-        print(f"  {package}: not measured here")
+        try:
+            seconds = time_vllm(importlib.import_module(package), model, prompts, lengths)
+            line(package, seconds)
+        except ImportError:
+            print(f"  {package}: not installed")
+        except Exception as error:
+            print(f"  {package}: failed ({type(error).__name__}: {error})")
+
+
+def numbers(text):
+    """ "16,32" -> [16, 32]."""
+    try:
+        return [int(word) for word in text.split(",") if word]
+    except ValueError:
+        raise UserError(f"{text!r} should be whole numbers separated by commas") from None
 
 
 COMMANDS = {"engine": (EngineBench, bench_engine)}
