@@ -28,8 +28,9 @@ def slots(tokens, sequences, block):
 
 
 def slots_chunk(sequences):
-    """How many sequences `find_tile` looks at in one step (constexpr CHUNK)."""
-    return min(256, triton.next_power_of_2(max(sequences, 2)))
+    """How many sequences `find_tile` looks at in one step (constexpr CHUNK): one compilation for
+    small batches, one for large."""
+    return 64 if sequences <= 64 else 256
 
 
 @jit

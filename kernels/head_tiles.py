@@ -6,13 +6,14 @@ it into the sums of a softmax (`online_step`), and forget it. Different programs
 of the vocabulary; their sums meet in `merge_sums`. That sampler and trainer share this file is why
 the log-probs they report of a token agree.
 
-Triton in six lines, for a reader who knows PyTorch. A kernel is launched as kernel[grid](...) and
+Triton in eight lines, for a reader who knows PyTorch. A kernel is launched as kernel[grid](...) and
 then runs as grid[0] programs, each of which asks `tl.program_id(0)` who it is. Within a program one
 writes tensor code on small tiles, whose sizes are fixed at compile time (`tl.constexpr`); the
 compiler spreads a tile over the registers of num_warps * 32 threads. A tensor arrives as a pointer,
-to which one adds a tile of offsets to load a tile of values, or as a descriptor (`load_tile`). All
-programs run in no particular order and can't talk to each other: so they write, and a second
-kernel reads.
+to which one adds a tile of offsets to load a tile of values (`mask=` says which offsets exist and
+`other=` what the rest reads as), or as a descriptor (`load_tile`). Programs run in no particular
+order and can't talk to each other: so each writes what it found, and a second kernel reads that.
+Offsets that may pass 2^31 are made in int64.
 """
 
 import math

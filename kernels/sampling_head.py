@@ -16,9 +16,9 @@ counter: a number for each word, position and request, that nothing else in the 
 
 Cost: a decode batch is small, so this is the time to read the weight once, 2 V H bytes in bf16:
 1.09 GB for V = 151,936, H = 3584, a quarter of a millisecond at 4.3 TB/s. Noise costs 10 rounds of
-Philox and two logarithms a logit, about 100 instructions: nothing at B = 16, and at B = 512 about
-as much as the reading, which it hides behind the product only in part. Logits that are stored cost
-4 V B bytes written and read several times instead.
+Philox and two logarithms, about 150 machine instructions a logit (counted in the compiled kernel),
+which at one a lane and clock are 0.01 ms of an H200 at B = 16, and at B = 512 0.4 ms beside the
+product's 0.7. Storing logits instead costs 4 V B bytes, written once and read several times.
 """
 
 import torch

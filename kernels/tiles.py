@@ -129,6 +129,7 @@ TILES = {
         ("interpret", {}, dict(BM=32, BN=16, num_warps=4, num_stages=1)),
     ],
     "paged_prefill": [
+        ("sm_100", {"bytes": 2, "D": 64}, dict(BM=128, BN=128, num_warps=8, num_stages=2)),
         (HOPPER, {"bytes": 2, "D": 128}, dict(BM=128, BN=64, num_warps=8, num_stages=3)),
         (HOPPER, {"bytes": 2, "D": 256}, dict(BM=64, BN=64, num_warps=8, num_stages=2)),
         (MMA, {"bytes": 2, "D": 64}, dict(BM=128, BN=64, num_warps=8, num_stages=2)),

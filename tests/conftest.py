@@ -1,26 +1,39 @@
 """What the tests share: one thread, the shared data folder, and the shipped toy models.
 
-Without a GPU, kernels run in Triton's interpreter, which must be on before Triton is imported.
+The default run is the same everywhere: on the CPU, kernels in Triton's interpreter (which must be on
+before triton loads). `pytest -m gpu` runs the gpu tests on the device, or skips them and says why.
 """
 
 import os
+import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+ON_GPU = re.search(r"(?<!not )\bgpu\b", " ".join(sys.argv[1:]))
+if not ON_GPU:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from nanorrm import toy  # noqa: E402
 from nanorrm.config import EngineConfig  # noqa: E402
 from nanorrm.engine import Engine  # noqa: E402
+
+
+def pytest_collection_modifyitems(items):
+    """`-m gpu` without a GPU skips and says so."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")

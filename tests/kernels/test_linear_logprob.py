@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import linear_logprob
-from kernels.head_tiles import my_tile
+from kernels.head_tiles import LN2, LOWEST, my_tile, online_step
 from kernels.linear_logprob import chunk_words, logprob, reference
 from kernels.triton_compat import jit, tl
 
@@ -186,10 +186,26 @@ def test_gradcheck_of_the_reference():
     assert torch.autograd.gradcheck(lambda h, w: reference(h, w, targets, 0.8), (hidden, weight))
 
 
-def test_worked_example_of_the_docstring():
-    x = torch.tensor([[1.0, 3.0, 2.0]]) * math.log(2.0)
-    _, entropy = reference(x, torch.eye(3), torch.tensor([0]))
-    assert abs(entropy.item() / math.log(2.0) - (math.log2(1.75) + 1 / 1.75)) < 1e-6
+@jit
+def two_steps(x, out, BN: tl.constexpr):
+    c = tl.arange(0, BN)[None, :]
+    top, total = tl.full([1], LOWEST, tl.float32), tl.zeros([1], tl.float32)
+    moment = tl.zeros([1], tl.float32)
+    for i in range(2):
+        top, total, moment = online_step(tl.load(x + i * BN + c), top, total, moment)
+        at = out + i * 3 + tl.arange(0, 1)
+        tl.store(at, top)
+        tl.store(at + 1, total)
+        tl.store(at + 2, moment)
+
+
+def test_worked_example_of_online_step():
+    """Words 1, 3 and then 2, with a word that does not exist beside it, as its docstring has it."""
+    out = torch.empty(2, 3)
+    two_steps[(1,)](torch.tensor([1.0, 3.0, 2.0, LOWEST.value]), out, BN=2)
+    assert out.tolist() == [[3, 1.25, -0.5], [3, 1.75, -1]]
+    _, entropy = reference(torch.tensor([[1.0, 3, 2]]) * LN2.value, torch.eye(3), torch.tensor([0]))
+    assert abs(entropy.item() / LN2.value - (math.log2(1.75) + 1 / 1.75)) < 1e-6
 
 
 @pytest.mark.gpu

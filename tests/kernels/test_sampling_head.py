@@ -27,8 +27,7 @@ def rand_kernel(seed, out, N, BLOCK: tl.constexpr):
     tl.store(out + i, tl.rand(tl.load(seed), i), mask=i < N)
 
 
-def device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
+EVERYWHERE = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
 def random_case(B, H, V, dtype, where="cpu"):
@@ -60,22 +59,24 @@ def test_philox_is_the_published_one():
         assert tuple(w.item() for w in philox(torch.tensor(key), *counter)) == expected
 
 
-def test_philox_equals_tritons_bit_by_bit():
+@EVERYWHERE
+def test_philox_equals_tritons_bit_by_bit(device):
     N = 100
-    key = torch.randint(-(2**63), 2**63 - 1, (N,), device=device())
-    counters = torch.randint(-(2**31), 2**31 - 1, (4, N), dtype=torch.int32, device=device())
-    out = torch.empty(4, N, dtype=torch.int64, device=device())
+    key = torch.randint(-(2**63), 2**63 - 1, (N,), device=device)
+    counters = torch.randint(-(2**31), 2**31 - 1, (4, N), dtype=torch.int32, device=device)
+    out = torch.empty(4, N, dtype=torch.int64, device=device)
     philox_kernel[(1,)](key, *counters, out, N, BLOCK=triton.next_power_of_2(N))
     for ours, theirs in zip(philox(key, *counters.long()), out):
         assert torch.equal(ours, theirs & 0xFFFFFFFF)
 
 
-def test_uniform_equals_tl_rand():
-    out = torch.empty(1000, device=device())
+@EVERYWHERE
+def test_uniform_equals_tl_rand(device):
+    out = torch.empty(1000, device=device)
     for seed in (0, 17, 2**40 + 3, -5):
-        key = torch.tensor([seed], device=device())
+        key = torch.tensor([seed], device=device)
         rand_kernel[(1,)](key, out, 1000, BLOCK=1024)
-        assert torch.equal(out, uniform(key, torch.arange(1000, device=device())))
+        assert torch.equal(out, uniform(key, torch.arange(1000, device=device)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
