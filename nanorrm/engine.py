@@ -90,7 +90,8 @@ class Engine:
         place = {}  # request number -> index of the prompt
         results = [[None] * p.n for p in each]
         total = sum(p.n for p in each)
-        bar = tqdm(total=total, desc=progress, leave=False, disable=progress is None)
+        quiet = True if progress is None else None  # None: quiet unless stderr is a terminal
+        bar = tqdm(total=total, desc=progress, leave=False, disable=quiet)
         try:
             for i in order:
                 place[self.add(prompts[i], each[i])] = i

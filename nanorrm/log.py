@@ -74,7 +74,7 @@ class Run:
             if path.exists():
                 kept = [line for line in read_lines(path) if line["step"] <= first]
                 path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.bar = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True, leave=False)
+        self.bar = tqdm(total=total, initial=first, unit="step", leave=False, disable=None)
 
     def log(self, step, metrics, line, quiet=False):
         """Append metrics to metrics.jsonl and, unless quiet, print one line."""

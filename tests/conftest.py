@@ -1,7 +1,7 @@
 """What the tests share: one thread, the shared data folder, and the shipped toy models.
 
-The default run is the same everywhere: on the CPU, kernels in Triton's interpreter (which must be on
-before triton loads). `pytest -m gpu` runs the gpu tests on the device, or skips them and says why.
+The default run is the same everywhere: on the CPU, kernels in Triton's interpreter, which must be
+on before triton loads. `pytest -m gpu` runs the gpu tests on the device, or skips them saying why.
 """
 
 import os
