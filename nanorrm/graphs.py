@@ -6,6 +6,8 @@ launches them at once. Graphs are captured for batch sizes in steps (1, 2, 4, 8,
 nowhere. On a CPU the same step runs directly.
 """
 
+import warnings
+
 import torch
 
 
@@ -23,11 +25,16 @@ class DecodeGraphs:
         if not self.usable:
             return rows.decode(n, width)
         bucket = min(rows.capacity, next((b for b in (1, 2, 4, 8) if b >= n), -(-n // 16) * 16))
-        key = bucket, rows.width, rows.new, rows.params.shared()
+        key = bucket, rows.width, rows.new, rows.settings
         rows.narrow["done"][n:bucket] = True
         rows.narrow["length"][n:bucket] = 1
         if key not in self.captured:
-            self.captured[key] = self._capture(bucket)
+            try:
+                self.captured[key] = self._capture(bucket)
+            except RuntimeError as error:  # an operation that waits for the device, say
+                warnings.warn(f"no CUDA graphs, decoding without: {error}", stacklevel=2)
+                self.usable = False
+                return rows.decode(n, width)
         self.captured[key].replay()
 
     def _capture(self, bucket):
@@ -42,8 +49,10 @@ class DecodeGraphs:
                 rows.decode(bucket, rows.width)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            rows.decode(bucket, rows.width)
-        for name, buffer in rows.narrow.items():
-            buffer.copy_(saved[name])
+        try:
+            with torch.cuda.graph(graph):
+                rows.decode(bucket, rows.width)
+        finally:
+            for name, buffer in rows.narrow.items():
+                buffer.copy_(saved[name])
         return graph

@@ -38,27 +38,35 @@ class Rows:
             "thinking": flag.clone(),
             "done": flag.clone(),
         }
+        self.constants = {}  # by settings; kept, because recorded graphs read them
         self.wide = {}  # [capacity, width or new]: block table, what was generated
 
     def configure(self, params, stop_ids, fused):
         """Take the settings that all rows share; only while no row is in use. fused: draw without
         logits in memory, where the settings allow it."""
-        self.params = params
-        self.stop_ids = torch.tensor(stop_ids, dtype=torch.long, device=self.device)
+        self.params, self.settings = params, (params.shared(), stop_ids)
+        if self.settings not in self.constants:
+            self.constants[self.settings] = self._constants(params, stop_ids)
+        self.stop_ids, self.ends, self.slots, self.only = self.constants[self.settings]
         # the fused head gives the log-prob of what it draws from: the raw one as well only if the
         # temperature changes nothing
         plain = not (params.top_k or params.min_p or params.answer_slots) and params.top_p == 1
         self.fused = fused and plain and (params.temperature in (0, 1) or not params.logprobs)
-        self.slots = None  # [S, V] bool: what may stand at each place of the answer
-        if params.answer_slots:
-            shape = len(params.answer_slots), self.model.config.vocab_size
-            self.slots = torch.zeros(shape, dtype=torch.bool, device=self.device)
-            for place, ids in enumerate(params.answer_slots):
-                self.slots[place, list(ids)] = True
-            self.ends = torch.zeros(shape[1], dtype=torch.bool, device=self.device)
-            self.ends[self.stop_ids] = True
-            only = [ids[0] if len(ids) == 1 else -1 for ids in params.answer_slots]
-            self.only = torch.tensor(only, device=self.device)
+
+    def _constants(self, params, stop_ids):
+        """Tensors made from the settings: stop ids; ends [V] bool; what may stand at each place of
+        a forced answer, slots [S, V] bool; the only id of each place, or -1."""
+        stop = torch.tensor(stop_ids, dtype=torch.long, device=self.device)
+        if not params.answer_slots:
+            return stop, None, None, None
+        shape = len(params.answer_slots), self.model.config.vocab_size
+        ends = torch.zeros(shape[1], dtype=torch.bool, device=self.device)
+        ends[stop] = True
+        slots = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        for place, ids in enumerate(params.answer_slots):
+            slots[place, list(ids)] = True
+        only = [ids[0] if len(ids) == 1 else -1 for ids in params.answer_slots]
+        return stop, ends, slots, torch.tensor(only, device=self.device)
 
     def reserve(self, width, new):
         """Make the buffers wide enough: `width` blocks a row, `new` generated tokens."""
