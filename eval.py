@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanorrm import metrics
-from nanorrm.config import UserError, at_least, fail, parse_command
+from nanorrm.config import UserError, at_least, parse_command, run_script
 from nanorrm.data import ToySource, read_pairs
 from nanorrm.judge import open_judge
 from nanorrm.toy import TERMS
@@ -23,7 +23,7 @@ class Evaluation:
 
     model: str | None = None  # folder, toy-judge or toy; None: the last trained judge
     template: str = "auto"  # prompt: rrm, toy, or auto (toy for a toy tokenizer)
-    think: bool = True  # False: for a judge trained without thinking
+    think: bool | None = None  # False: a judge trained without thinking; None: as it was trained
     votes: int = 1  # generations per order
     both_orders: bool = True  # also show each pair with the responses exchanged
     temperature: float = 0.6  # 0 is greedy
@@ -35,6 +35,7 @@ class Evaluation:
 
     def __post_init__(self):
         at_least(self, 1, "votes")
+        at_least(self, 0, "threads")
         if self.json and not Path(self.json).parent.is_dir():
             raise UserError(f"{self.json}: no such folder")
 
@@ -137,9 +138,11 @@ def report(rows, pairs, verdicts, seconds, cfg, key):
 
 COMMANDS = {"toy": (ToyEvaluation, toy), "pairs": (PairsEvaluation, pairs)}
 
+
+def main():
+    name, cfg = parse_command(COMMANDS, __doc__, sys.argv[1:])
+    COMMANDS[name][1](cfg)
+
+
 if __name__ == "__main__":
-    try:
-        name, cfg = parse_command(COMMANDS, __doc__, sys.argv[1:])
-        COMMANDS[name][1](cfg)
-    except UserError as error:
-        fail(error)
+    run_script(main)

@@ -7,7 +7,7 @@ here answers, or the shipped one where none was trained; it says which.
 import sys
 from dataclasses import dataclass
 
-from nanorrm.config import UserError, fail, parse_command
+from nanorrm.config import UserError, at_least, parse_command, run_script
 from nanorrm.data import Pair, read_pairs
 from nanorrm.judge import open_judge
 from nanorrm.metrics import outcome
@@ -24,7 +24,7 @@ class JudgeSample:
     limit: int = 5  # pairs of the file to judge; 0: all
     model: str | None = None  # folder, toy-judge or toy; None: the last trained judge
     template: str = "auto"  # prompt: rrm, toy, or auto (toy for a toy tokenizer)
-    think: bool = True  # False: for a judge trained without thinking
+    think: bool | None = None  # False: a judge trained without thinking; None: as it was trained
     votes: int = 1  # generations per order
     both_orders: bool = True  # also show the pair with the responses exchanged
     temperature: float = 0.6  # 0 is greedy
@@ -33,9 +33,15 @@ class JudgeSample:
     seed: int = 0
     threads: int = 0  # CPU threads of torch; 0: its own choice
 
+    def __post_init__(self):
+        at_least(self, 1, "votes")
+        at_least(self, 0, "limit", "threads")
+
 
 def judge(cfg):
     """Print each vote's thinking and the verdict."""
+    if cfg.data and (cfg.query, cfg.a, cfg.b) != (None, None, None):
+        raise UserError("give --query, --a and --b, or --data FILE, not both")
     if cfg.data:
         pairs = read_pairs(cfg.data)[: cfg.limit or None]
     elif None in (cfg.query, cfg.a, cfg.b):
@@ -69,9 +75,11 @@ def describe(pair, verdict):
 
 COMMANDS = {"judge": (JudgeSample, judge)}
 
+
+def main():
+    name, cfg = parse_command(COMMANDS, __doc__, sys.argv[1:])
+    COMMANDS[name][1](cfg)
+
+
 if __name__ == "__main__":
-    try:
-        name, cfg = parse_command(COMMANDS, __doc__, sys.argv[1:])
-        COMMANDS[name][1](cfg)
-    except UserError as error:
-        fail(error)
+    run_script(main)

@@ -8,17 +8,19 @@ The judge's loop is GRPO in full, to be read from `train_judge` down:
 """
 
 import copy
+import math
 import sys
 import textwrap
 import time
 from collections import Counter
+from dataclasses import replace
 
 import torch
 
 import kernels
 from nanorrm import grpo, metrics, packing, prompts, toy
 from nanorrm.checkpoint import load_state, read_json, save_state
-from nanorrm.config import BaseConfig, JudgeConfig, UserError, fail, parse_command
+from nanorrm.config import BaseConfig, JudgeConfig, UserError, parse_command, run_script
 from nanorrm.data import FileSource, ToySource, read_pairs
 from nanorrm.engine import Engine
 from nanorrm.judge import Judge
@@ -46,7 +48,7 @@ def train_judge(cfg, run):
     run.start(start, cfg.steps)
     before = state.get("before") or show(judge, held_out[:3])
     if start == 0:
-        stats = evaluate(judge, held_out)
+        stats = evaluate(judge, held_out, cfg.max_think_tokens)
         run.log(0, stats, judge_line(stats))
 
     with Interrupt() as interrupt:
@@ -66,7 +68,8 @@ def train_judge(cfg, run):
                 seed=cfg.seed * 1_000_003 + step,
             )
             engine.report()  # forget the work of evaluations
-            groups = engine.generate(questions, sampling)  # [P][G] completions
+            each = seeds_apart(sampling, questions)
+            groups = engine.generate(questions, each)  # [P][G] completions
             work = engine.report()
             rolled = time.perf_counter()
 
@@ -95,7 +98,7 @@ def train_judge(cfg, run):
             out_of_time = cfg.max_minutes and minutes >= cfg.max_minutes
             last = step == cfg.steps or out_of_time or interrupt.asked
             if step % cfg.eval_every == 0 or last:
-                stats |= evaluate(judge, held_out)
+                stats |= evaluate(judge, held_out, cfg.max_think_tokens)
             if step % cfg.sample_every == 0 or step == 1:
                 log_samples(run, step, pairs[0], groups[0], graded[0])
             run.log(step, {**stats, "minutes": minutes}, judge_line(stats))
@@ -127,8 +130,8 @@ def policy_update(model, optimizer, questions, groups, advantages, cfg, referenc
         for question, group, row in zip(questions, groups, advantages.tolist())
         for rollout, advantage in zip(group, row)
     ]
-    total = sum(sum(sample.values["mask"]) for sample in samples)
-    loss_config = grpo.LossConfig(clip=cfg.clip, kl=cfg.kl)
+    total = max(1.0, sum(sum(sample.values["mask"]) for sample in samples))
+    loss_config = grpo.LossConfig(kl=cfg.kl)
     sums, largest = Counter(), 0.0
     for batch in packing.pack(samples, cfg.micro_tokens, model.device):
         logp, entropy = token_logprobs(model, batch, cfg.temperature)
@@ -153,6 +156,7 @@ def policy_update(model, optimizer, questions, groups, advantages, cfg, referenc
         sums["loss"] += loss.item() * total
         sums["entropy"] += (entropy.detach() * values["mask"]).sum().item()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm).item()
+    check_finite(norm, optimizer)
     optimizer.step()
     optimizer.zero_grad()
     means = {name: value / total for name, value in sums.items()}
@@ -174,11 +178,11 @@ def token_logprobs(model, batch, temperature=1.0):
 # -- what the loop measures
 
 
-def evaluate(judge, pairs):
+def evaluate(judge, pairs, budget=None):
     """Accuracy on held-out pairs, in all and by difficulty where the pairs have one."""
     if not pairs:
         return {}
-    verdicts = judge.compare(pairs, both_orders=False)
+    verdicts = judge.compare(pairs, both_orders=False, max_think_tokens=budget)
     stats = {"eval/accuracy": metrics.summarize(pairs, verdicts)["accuracy"]}
     for terms in sorted({pair.meta["terms"] for pair in pairs if "terms" in pair.meta}):
         chosen = [(p, v) for p, v in zip(pairs, verdicts) if p.meta["terms"] == terms]
@@ -197,7 +201,7 @@ def log_samples(run, step, pair, group, graded):
 
 
 def show(judge, pairs):
-    """[(thought, verdict of the pair), ...] by one greedy-order vote each, for the examples."""
+    """[(thought, verdict), ...] of pairs, by one vote each in the given order: the examples."""
     verdicts = judge.compare(pairs, both_orders=False)
     return [(v.thoughts[0] if v.thoughts else "", v.winner) for v in verdicts]
 
@@ -282,6 +286,27 @@ def open_source(cfg, judge):
     return FileSource(fitting, cfg.seed, cfg.eval_share)
 
 
+def seeds_apart(params, questions):
+    """One SamplingParams per prompt: equal prompts of a batch get seeds of their own, or they would
+    be answered alike."""
+    seen = Counter()
+    each = []
+    for question in map(tuple, questions):
+        each.append(replace(params, seed=params.seed + seen[question] * 2**48))
+        seen[question] += 1
+    return each
+
+
+def check_finite(norm, optimizer):
+    """Stop before a step that would ruin the weights; the last checkpoint stays."""
+    if not math.isfinite(norm):
+        rate = optimizer.param_groups[0]["lr"]
+        raise UserError(
+            f"the gradient is {norm} at learning rate {rate:g}: nothing was saved since the last "
+            "checkpoint; --resume with a lower --learning-rate"
+        )
+
+
 def set_learning_rate(optimizer, rate):
     """The same rate for every parameter."""
     for group in optimizer.param_groups:
@@ -307,7 +332,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        fail(error)
+    run_script(main)

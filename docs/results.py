@@ -10,7 +10,9 @@ ROWS = ("all trained lengths", "harder half (4+)", "7 terms, never trained")
 def lines(runs):
     """One Markdown row per evaluated run: accuracies with intervals, steps, minutes, thinking."""
     yield (
-        "| run | steps | minutes | tokens per vote, first to last step | " + " | ".join(ROWS) + " |"
+        "| run | steps | minutes | tokens per rollout, first to last step | "
+        + " | ".join(ROWS)
+        + " |"
     )
     yield "|---|---|---|---|" + "---|" * len(ROWS)
     for path in sorted(runs.glob("*/eval.json")):

@@ -19,7 +19,7 @@ import torch
 
 import kernels
 from nanorrm import toy
-from nanorrm.config import EngineConfig, ModelConfig, UserError, fail, parse_command
+from nanorrm.config import EngineConfig, ModelConfig, UserError, parse_command, run_script
 from nanorrm.engine import Engine
 from nanorrm.model import Transformer
 from nanorrm.packing import Sample, join
@@ -44,7 +44,7 @@ class EngineBench:
     prompt_tokens: int = 64  # length of a prompt, about
     mean: float = 60.0  # mean of the response lengths, tokens
     longest: int = 256  # responses are cut there
-    batches: str = "16,32,64,128"  # batch sizes a peer may choose from; its best one counts
+    batches: str = "32,64,128"  # batch sizes transformers may choose from; its best one counts
     decode: str = "64,256"  # batch sizes of the pure decode benchmark
     contexts: str = "128,512"  # its context lengths, tokens
     peers: bool = True  # also run transformers' generate and generate_batch
@@ -82,7 +82,7 @@ def workload(cfg, vocab):
 def time_ours(model, prompts, lengths, repeats, **settings):
     """Seconds (median) for all requests, and the engine's counters of the last run."""
     tokenizer = toy.make_tokenizer()
-    engine = Engine(model, tokenizer, EngineConfig(max_batch=384, **settings))
+    engine = Engine(model, tokenizer, EngineConfig(**settings))
     seconds = []
     for repeat in range(repeats + 1):  # the first one warms up
         engine.sync()  # no prefix left over from the run before
@@ -131,17 +131,26 @@ def time_generate(theirs, prompts, lengths, batch):
 
 
 def time_generate_batch(theirs, prompts, lengths):
-    """Seconds of transformers' continuous batching; it takes one length for all requests."""
+    """Seconds of transformers' continuous batching, each request with its own length."""
     from transformers import GenerationConfig
 
     longest = max(map(max, lengths))
     config = GenerationConfig(
         max_new_tokens=longest, do_sample=True, eos_token_id=-1, pad_token_id=0
     )
+    manager = theirs.init_continuous_batching(generation_config=config)
+    asked = [(p, n) for p, group in zip(prompts, lengths) for n in group]
     began = time.perf_counter()
-    theirs.generate_batch(
-        inputs=[p for p, group in zip(prompts, lengths) for _ in group], generation_config=config
-    )
+    manager.start()
+    try:
+        for prompt, n in asked:
+            manager.add_request(prompt, max_new_tokens=n)
+        for _ in asked:
+            result = manager.get_result(timeout=600)
+            if result is None:
+                raise RuntimeError("no result came")
+    finally:
+        manager.stop(block=True)
     return time.perf_counter() - began
 
 
@@ -250,8 +259,10 @@ def bench_engine(cfg):
         line("nanorrm, prompts not shared", unshared)
         if cfg.peers:
             peers(cfg, model, prompts, lengths, line)
-            best = max(r["tokens_per_s"] for r in rows[-3:] if r["how"].startswith("transformers"))
-            print(f"  nanorrm / best of transformers: {useful / seconds / best:.1f}x")
+            theirs = [r for r in rows if r["model"] == name and "transformers" in r["how"]]
+            if theirs:
+                best = max(r["tokens_per_s"] for r in theirs)
+                print(f"  nanorrm / best of transformers: {useful / seconds / best:.1f}x")
         entropy, rms = agreement(model, prompts)
         print(f"  sampler against trainer: RMS {rms:.2g} nats at entropy {entropy:.2f}")
         kv = 2 * model.config.num_hidden_layers * model.config.num_key_value_heads
@@ -301,9 +312,11 @@ def numbers(text):
 
 COMMANDS = {"engine": (EngineBench, bench_engine)}
 
+
+def main():
+    name, cfg = parse_command(COMMANDS, __doc__, sys.argv[1:])
+    COMMANDS[name][1](cfg)
+
+
 if __name__ == "__main__":
-    try:
-        name, cfg = parse_command(COMMANDS, __doc__, sys.argv[1:])
-        COMMANDS[name][1](cfg)
-    except UserError as error:
-        fail(error)
+    run_script(main)

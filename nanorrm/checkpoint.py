@@ -67,8 +67,9 @@ def read_config(folder):
             f"(only {', '.join(ARCHITECTURES)})"
         )
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise UserError(f"{folder}/config.json: RoPE scaling {rope['rope_type']!r} not supported")
+    kind_of_rope = rope.get("rope_type", "default") if isinstance(rope, dict) else rope
+    if kind_of_rope != "default":
+        raise UserError(f"{folder}/config.json: RoPE scaling {kind_of_rope!r} is not supported")
     sizes = {name: raw[name] for name in (*SIZES, *OPTIONAL_SIZES) if raw.get(name) is not None}
     for name, size in sizes.items():
         if type(size) is not int or size < 1:
@@ -83,9 +84,9 @@ def read_config(folder):
             intermediate_size=raw["intermediate_size"],
             num_hidden_layers=raw["num_hidden_layers"],
             num_attention_heads=heads,
-            num_key_value_heads=raw.get("num_key_value_heads", heads),
+            num_key_value_heads=raw.get("num_key_value_heads") or heads,
             head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            rms_norm_eps=raw.get("rms_norm_eps") or 1e-6,
             rope_theta=raw.get("rope_theta") or rope.get("rope_theta", 10000.0),
             max_position_embeddings=raw["max_position_embeddings"],
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
@@ -203,13 +204,18 @@ def save_state(run, step, model, optimizer, extra):
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
     write_folder(target, lambda path: torch.save({**state, **extra}, path / "state.pt"))
     for old in checkpoints(run):
-        if old.name < target.name:
+        if step_of(old) < step:
             shutil.rmtree(old)
 
 
 def checkpoints(run):
     """The checkpoint folders of a run, oldest first."""
-    return sorted(Path(run).glob("checkpoint-*"))
+    return sorted(Path(run).glob("checkpoint-*"), key=step_of)
+
+
+def step_of(checkpoint):
+    """The step a checkpoint folder is of."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def load_state(run, model, optimizer):

@@ -4,17 +4,13 @@ A field's comment is its help text: `python train.py judge --help` prints these.
 """
 
 import sys
+import tomllib
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from itertools import chain
 from typing import get_args, get_type_hints
 
 import tyro
-
-try:
-    import tomllib
-except ImportError:  # Python 3.10
-    import tomli as tomllib
 
 
 class UserError(Exception):
@@ -24,7 +20,7 @@ class UserError(Exception):
 def at_least(config, low, *names):
     """Raise UserError for the first of the settings that is below `low`."""
     for name in names:
-        if getattr(config, name) < low:
+        if not getattr(config, name) >= low:  # NaN is not either
             raise UserError(f"{name} = {getattr(config, name)} should be at least {low}")
 
 
@@ -58,7 +54,7 @@ class EngineConfig:
     max_batch: int = 512  # sequences decoded at once
     max_step_tokens: int = 8192  # tokens computed in a step; prompts are cut into chunks to fit
     chunked_prefill: bool = True  # False: a prompt is computed whole, even beyond max_step_tokens
-    prefix_cache: bool = True  # find full blocks again that an earlier prompt has computed
+    prefix_cache: bool = True  # requests share what their prompts have in common
     cuda_graphs: bool = True  # on a GPU: record the decode step and replay it
     fused_head: bool | None = None  # draw without logits in memory; None: on a GPU
     read_every: int = 8  # with graphs: steps between looks at which sequences are done
@@ -67,6 +63,8 @@ class EngineConfig:
         at_least(self, 1, "block_size", "max_batch", "max_step_tokens", "read_every")
         if self.num_blocks is not None:
             at_least(self, 1, "num_blocks")
+        if self.cache_gib is not None and not self.cache_gib > 0:
+            raise UserError(f"cache_gib = {self.cache_gib} should be above 0")
 
 
 @dataclass
@@ -88,6 +86,11 @@ class RunConfig:
     def __post_init__(self):
         at_least(self, 1, "save_every", "steps")
         at_least(self, 0, "warmup_steps", "threads", "learning_rate", "max_grad_norm")
+        at_least(self, 0, "weight_decay")
+        if abs(self.seed) > 2**32:
+            raise UserError(f"seed = {self.seed} should be below 2**32")
+        if "/" in self.name or self.name in (".", ".."):
+            raise UserError(f"name = {self.name!r}: a name, not a path; --runs says where")
 
 
 @dataclass
@@ -102,6 +105,13 @@ class BaseConfig(RunConfig):
     documents: int = 64  # documents per step
     solve: float = 0.35  # share of documents that solve a query
     check: float = 0.35  # share that compare a given result with two responses; the rest is format
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, 1, "documents")
+        at_least(self, 0, "solve", "check")
+        if self.solve + self.check > 1:
+            raise UserError("solve + check should be at most 1: shares of the documents")
 
 
 @dataclass
@@ -120,11 +130,8 @@ class JudgeConfig(RunConfig):
     group: int = 8  # G: rollouts per pair
     temperature: float = 1.0  # of the rollouts
     max_tokens: int = 96  # new tokens per rollout at most
-    max_think_tokens: int | None = (
-        None  # thinking tokens before the engine closes it; None: no limit
-    )
+    max_think_tokens: int | None = None  # thinking tokens before the engine closes it; None: any
     scale: str = "group"  # advantages are divided by the std of: group, or none
-    clip: float = 0.2  # the ratio of new to old probability counts between 1 - clip and 1 + clip
     kl: float = 0.0  # weight of the k3 penalty towards the starting model
     micro_tokens: int = 16384  # tokens per forward and backward pass; does not change the result
     eval_every: int = 10  # steps between evaluations on held-out pairs
@@ -137,7 +144,9 @@ class JudgeConfig(RunConfig):
         super().__post_init__()
         at_least(self, 1, "prompts", "max_tokens", "eval_every", "sample_every", "micro_tokens")
         at_least(self, 2, "group")
-        at_least(self, 0, "eval_pairs", "max_minutes", "kl", "clip")
+        at_least(self, 0, "eval_pairs", "max_minutes", "kl", "eval_share")
+        if self.eval_share >= 1:
+            raise UserError(f"eval_share = {self.eval_share} leaves nothing to train on")
         if self.temperature <= 0:
             raise UserError(f"temperature = {self.temperature}: rollouts need one above 0")
         if self.scale not in ("group", "none"):
@@ -213,9 +222,23 @@ def parse_command(stages, about, argv, saved=None):
 
     config = parse(default)
     if saved is not None and config.resume:
+        if type(default)() != default:
+            raise UserError("--resume keeps the run's own settings: no --config beside it")
         name, values = saved(stage, config)
-        config = replace(parse(override(default, values, "saved config")), resume=True, name=name)
+        default = override(default, {**values, "runs": config.runs}, f"{name}/config.json")
+        config = replace(parse(default), resume=True, name=name)
     return stage, config
+
+
+def run_script(main):
+    """Run a script: an error of the user is one line and status 2, Ctrl-C a line and status 130."""
+    try:
+        main()
+    except UserError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def fail(error):

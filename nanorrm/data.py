@@ -47,15 +47,21 @@ def as_text(value, where):
         value = str(value)
     if not isinstance(value, str):
         raise UserError(f"{where} should be text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where} holds half a character (a lone surrogate)") from None
     return value
 
 
 def as_query(value, where):
     """A query given as text or messages; one user message alone is its text."""
     if isinstance(value, list):
-        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value):
+        if not value or not all(
+            isinstance(m, dict) and isinstance(m.get("content"), str) for m in value
+        ):
             raise UserError(f"{where}: messages should be objects with a text 'content'")
-        return value[0]["content"] if len(value) == 1 else value
+        return as_text(value, where) if len(value) == 1 else value
     return as_text(value, where)
 
 
@@ -105,7 +111,7 @@ def read_pairs(path):
         where = f"{path}, line {number}"
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise UserError(f"{where}: not JSON ({error})") from None
         pair = pair_from(record, where)
         pair.id = pair.id or str(number)
@@ -149,6 +155,8 @@ class FileSource:
         cut = round(len(order) * held_share)
         while 0 < cut < len(order) and order[cut - 1].query == order[cut].query:
             cut += 1
+        if cut == len(order):  # all pairs share one query
+            cut = 0
         self._held, self.pairs = order[:cut], order[cut:]
         self.seed = seed
         self._order = (None, [])  # the epoch it is for, the permutation

@@ -10,10 +10,14 @@ import os
 import torch
 import torch.distributed as dist
 
+from nanorrm.config import UserError
+
 
 def init():
     """Join the process group that torchrun describes; nothing to do in a single process."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         atexit.register(dist.destroy_process_group)  # or the ranks abort one another on leaving
 
@@ -36,6 +40,9 @@ def generate(engine, prompts, params):
     if world_size() == 1:
         return engine.generate(prompts, params)
     each = params if isinstance(params, list) else [params] * len(prompts)
+    for i, (prompt, p) in enumerate(zip(prompts, each)):  # on every rank, or the others would wait
+        if refusal := engine.refusal(prompt, p):
+            raise UserError(f"request {i}: {refusal}")
     cost = [len(p) + q.n * q.max_tokens for p, q in zip(prompts, each)]
     order = sorted(range(len(prompts)), key=lambda i: -cost[i])
     mine = order[rank() :: world_size()]

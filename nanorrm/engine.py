@@ -49,7 +49,7 @@ class Engine:
         c, size = model.config, config.block_size
         per_block = 2 * c.num_hidden_layers * size * c.num_key_value_heads * c.head_dim
         per_block *= model.head.element_size()
-        gib = config.cache_gib or 0.5
+        gib = 0.5 if config.cache_gib is None else config.cache_gib
         if config.cache_gib is None and model.device.type == "cuda":
             gib = 0.6 * torch.cuda.mem_get_info(model.device)[0] / 2**30
         num_blocks = config.num_blocks or int(gib * 2**30) // per_block
@@ -58,7 +58,10 @@ class Engine:
         self.pool = BlockPool(num_blocks)
         self.waiting, self.prefilling = deque(), []  # sequences; groups [leader, follower, ...]
         self.requests = 0  # how many were ever added
-        self.weights = None  # where the parameters were, and how often written, at the last request
+        self.weights = (
+            None,
+            None,
+        )  # where the parameters were, and how often written, at the last request
         self.stats = dict.fromkeys(STATS, 0)
         self.wake()
 
@@ -80,13 +83,17 @@ class Engine:
         its place among the n, on nothing else in the batch. Raises UserError if a prompt does not
         fit the context or the cache, before anything is generated.
         """
+        if self.unfinished:
+            raise UserError("generate while other requests are in flight: use add and step")
         params = params or SamplingParams()
         each = params if isinstance(params, list) else [params] * len(prompts)
+        if len(each) != len(prompts):
+            raise UserError(f"{len(each)} SamplingParams for {len(prompts)} prompts")
         for i, (prompt, p) in enumerate(zip(prompts, each)):
             if refusal := self.refusal(prompt, p):
                 raise UserError(f"request {i}: {refusal}")
-        # longest first: neighbours in a batch are of like lengths, and no straggler starts last
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]) - each[i].max_tokens)
+        # longest prompts first: those computed together are of like lengths
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         place = {}  # request number -> index of the prompt
         results = [[None] * p.n for p in each]
         total = sum(p.n for p in each)
@@ -110,13 +117,15 @@ class Engine:
     @property
     def unfinished(self):
         """Whether anything waits or runs."""
-        return bool(self.waiting or self.prefilling or self.rows.n)
+        return bool(self.waiting or self.prefilling or (self.rows and self.rows.n))
 
     def add(self, prompt, params=None):
         """Queue a request; returns its number. Raises UserError if it can never be served."""
         params = params or SamplingParams()
         if refusal := self.refusal(prompt, params):
             raise UserError(refusal)
+        if self.rows is None:
+            self.wake()
         if not self.unfinished:
             self._notice_new_weights()
             stop = params.stop_token_ids
@@ -184,12 +193,16 @@ class Engine:
         out = []
         for s in [s for s in self.waiting if s.request == request]:
             self.waiting.remove(s)
-            out.append((request, s.sample, self._completion(s, s.written, "abort", 0)))
+            out.append(
+                (request, s.sample, self._completion(s, s.written, "abort", self._thought(s)))
+            )
         for group in [g for g in self.prefilling if g[0].request == request]:
             self.prefilling.remove(group)
             for s in group:
                 self.pool.release(s.blocks)
-                out.append((request, s.sample, self._completion(s, s.written, "abort", 0)))
+                out.append(
+                    (request, s.sample, self._completion(s, s.written, "abort", self._thought(s)))
+                )
         rows = [i for i, s in enumerate(self.rows.sequences) if s.request == request]
         return out + self._finish(dict.fromkeys(rows, "abort"))
 
@@ -199,6 +212,12 @@ class Engine:
         asked = f"prompt of {len(prompt)} tokens + {params.max_tokens} new ones"
         if not prompt:
             return "the prompt is empty"
+        if max(prompt) >= self.model.config.vocab_size or min(prompt) < 0:
+            return f"a token id outside the model's vocabulary of {self.model.config.vocab_size}"
+        if self.tokenizer.think_ids[1] is None and (
+            params.answer_slots or params.max_think_tokens is not None
+        ):
+            return "the tokenizer has no </think>, which a thinking budget or forced answer needs"
         if total > context:
             return f"{asked} exceeds the model's context of {context}"
         if self.blocks_for(total) > len(self.pool):
@@ -211,9 +230,12 @@ class Engine:
     def _notice_new_weights(self):
         """A guard for callers who forget `sync`: drop the prefixes if a parameter was replaced or
         written in place (writes through `.data` go unseen)."""
-        weights = [(p.data_ptr(), p._version) for p in self.model.parameters()]
+        places = [p.data_ptr() for p in self.model.parameters()]
+        weights = places, [p._version for p in self.model.parameters()]
         if weights != self.weights:
             self.pool.drop()
+            if places != self.weights[0]:
+                self.graphs.captured.clear()  # recorded graphs read the old places
             self.weights = weights
 
     @torch.no_grad()
@@ -306,8 +328,8 @@ class Engine:
         return left
 
     def _admit(self, budget):
-        """Take the first waiting sequence, and the fresh samples of its prompt behind it, out of
-        the queue with all blocks they need now; None if there is no room."""
+        """Take the first waiting sequence, and all fresh ones of the same prompt right behind it,
+        out of the queue with all blocks they need now; None if there is no room."""
         size, config = self.config.block_size, self.config
         running = self.rows.n + sum(map(len, self.prefilling))
         leader = self.waiting[0]
@@ -333,7 +355,10 @@ class Engine:
         full, partial = divmod(len(leader.prompt), size)
         while self.waiting and running + len(group) < config.max_batch:
             s = self.waiting[0]
-            if s.request != leader.request or s.written or leader.written:
+            alike = s.request == leader.request or (
+                config.prefix_cache and s.prompt == leader.prompt
+            )
+            if not alike or s.written or leader.written:
                 break
             if bool(partial) + spare > self.pool.free:
                 break
@@ -446,6 +471,10 @@ class Engine:
             finish_reason=reason,
             think_tokens=think,
         )
+
+    def _thought(self, sequence):
+        """Thinking tokens of a sequence that has no row."""
+        return sequence.started(*self.tokenizer.think_ids)["think_tokens"]
 
     def _stop_strings(self):
         """{row: text before the stop string} of the rows whose text now holds one."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from nanorrm import prompts
+from nanorrm.checkpoint import read_json
 from nanorrm.config import UserError
 from nanorrm.data import Pair
 from nanorrm.engine import Engine
@@ -135,19 +136,24 @@ def open_judge(cfg):
     """A Judge from the settings of a script: model, template, think, temperature, max_tokens, seed,
     threads.
 
-    Without a model, the judge trained last under runs/ answers, else the shipped one; a line on
-    stderr says which.
+    Without a model, the judge trained last under runs/ answers, asked the way it was trained (with
+    thinking or without), else the shipped one; a line on stderr says which.
     """
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    name = cfg.model
+    name, think, template = cfg.model, cfg.think, cfg.template
     if name is None:
-        trained = [folder / "model" for folder in runs_of("runs", "judge")]
-        name = next((str(m) for m in reversed(trained) if m.exists()), "toy-judge")
-        print(f"judge: {name}", file=sys.stderr)
+        trained = [run for run in runs_of("runs", "judge") if (run / "model").exists()]
+        name = "toy-judge"
+        if trained:
+            name, how = str(trained[-1] / "model"), read_json(trained[-1] / "config.json")["config"]
+            think = how.get("think", True) if think is None else think
+            template = how.get("template", "auto") if template == "auto" else template
+        print(
+            f"judge: {name}{'' if think in (None, True) else ', without thinking'}", file=sys.stderr
+        )
     engine = Engine.from_pretrained(name)
-    template = cfg.template
     if template == "auto":
         template = prompts.template_of(engine.tokenizer)
-    max_tokens = cfg.max_tokens or {"toy": 128}.get(template, 8192)
-    return Judge(engine, template, cfg.temperature, max_tokens, cfg.think, cfg.seed)
+    max_tokens = {"toy": 128}.get(template, 8192) if cfg.max_tokens is None else cfg.max_tokens
+    return Judge(engine, template, cfg.temperature, max_tokens, think in (None, True), cfg.seed)

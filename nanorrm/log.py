@@ -66,14 +66,14 @@ class Run:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.json").write_text(json.dumps(self.about(), indent=2) + "\n")
+            write_text(self.folder / "config.json", json.dumps(self.about(), indent=2) + "\n")
         except OSError as error:
             raise UserError(f"{self.folder}: can't write there ({error.strerror})") from None
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.folder / name
             if path.exists():
-                kept = [line for line in read_lines(path) if line["step"] <= first]
-                path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+                kept = [line for line in read_lines(path) if line["step"] <= first and first]
+                write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.bar = tqdm(total=total, initial=first, unit="step", leave=False, disable=None)
 
     def log(self, step, metrics, line, quiet=False):
@@ -120,10 +120,17 @@ class Interrupt:
         signal.signal(signal.SIGINT, self.usual)
 
 
+def write_text(path, text):
+    """Write a file beside its name and rename it, so that nobody meets a half."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 def read_lines(path):
     """The records of a jsonl log; a last line cut short by a crash is left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in filter(None, path.read_text(encoding="utf-8").split("\n")):
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
@@ -142,7 +149,7 @@ def run_folder(stage, config):
     folder = runs / (config.name or f"{stage}-{time.strftime('%Y%m%d-%H%M%S')}")
     if config.resume and not checkpoints(folder):
         raise UserError(f"{folder}: nothing to resume, no checkpoint in it")
-    if not config.resume and (folder / "config.json").exists():
+    if not config.resume and (checkpoints(folder) or (folder / "model").exists()):
         raise UserError(f"{folder}: exists already; --resume continues it, --name makes another")
     return folder
 
@@ -151,7 +158,10 @@ def runs_of(runs, stage):
     """Run folders of a stage, the last started last."""
     found = []
     for path in Path(runs).glob("*/config.json"):
-        about = read_json(path)
+        try:
+            about = read_json(path)
+        except UserError:
+            continue  # a broken run is no reason to hide the others
         if about.get("stage") == stage:
             found.append((about.get("started", ""), path.parent))
     return [folder for _, folder in sorted(found)]

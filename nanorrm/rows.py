@@ -167,6 +167,7 @@ class Rows:
             raw = logp
             if forced is not None:
                 ids, logp = torch.where(forced >= 0, forced, ids), logp.masked_fill(forced >= 0, 0)
+                raw = logp  # of a token that was not drawn the fused head knows nothing
         else:
             logits = hidden @ self.model.head.T  # [n, V]
             ids, logp, raw = draw(logits, params, r["stream"], r["length"], forced, allowed)

@@ -34,9 +34,15 @@ class SamplingParams:
     logprobs: bool = True  # record log-probs of the drawn tokens
 
     def __post_init__(self):
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        if self.stop_token_ids is not None:
+            object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "answer_slots", tuple(tuple(ids) for ids in self.answer_slots))
         checks = {
             "n": self.n >= 1,
-            "temperature": self.temperature >= 0,
+            "temperature": self.temperature == 0 or self.temperature >= 1e-3,
+            "seed": -(2**63) <= self.seed < 2**63,
             "top_p": 0 < self.top_p <= 1,
             "top_k": self.top_k >= 0,
             "min_p": 0 <= self.min_p <= 1,

@@ -12,7 +12,7 @@ class Completion:
     ids: list[int]  # the end token included, if it was sampled
     text: str  # without end token and stop string
     logprobs: list[float]  # nats, of the distribution sampled from
-    raw_logprobs: list[float]  # nats, of the model at temperature 1
+    raw_logprobs: list[float]  # nats, of the model at temperature 1 (fused head, forced token: 0)
     forced: list[bool]  # put there by the engine, never trained on
     finish_reason: str  # "stop" | "length" | "abort"
     think_tokens: int  # tokens of the thinking, tags not counted

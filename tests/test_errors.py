@@ -75,7 +75,7 @@ CASES = {
     ),
     "setting out of range": (
         ["sample.py", "judge", "--query", "1", "--a", "1", "--b", "2", "--votes", 0],
-        ["n=0"],
+        ["votes = 0"],
     ),
     "unknown stage": (["train.py", "jugde"], ["jugde", "judge"]),
     "unknown command": (["eval.py", "pears"], ["pears", "pairs"]),

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from test_errors import SMALL, TRAINING, inputs, one_clear_line, tree  # noqa: F401
 from test_model import folder  # noqa: F401
 
-from nanorrm import checkpoint, metrics
+from nanorrm import checkpoint, log, metrics
 from nanorrm.config import JudgeConfig, UserError, load_preset
 from nanorrm.data import FileSource, Pair
 from nanorrm.model import Transformer
@@ -102,3 +102,80 @@ def test_end_token_inside_the_thinking_is_not_thinking(tokenizer, monkeypatch):
     monkeypatch.setattr("nanorrm.rows.draw", scripted)
     out = tiny.engine(tokenizer, tiny.model()).generate([[1, 256]], SamplingParams(max_tokens=5))
     assert out[0][0].ids == [65, 260] and out[0][0].think_tokens == 1
+
+
+def test_sleep_then_sync_then_generate(tokenizer):
+    """The order a training loop would use: the engine wakes by itself."""
+    engine = tiny.engine(tokenizer, tiny.model())
+    engine.sleep()
+    engine.sync()
+    assert not engine.unfinished
+    assert len(engine.generate(tiny.prompts(3), SamplingParams(max_tokens=4))) == 3
+
+
+def test_generate_beside_requests_in_flight_is_refused(tokenizer):
+    engine = tiny.engine(tokenizer, tiny.model())
+    engine.add([1, 2, 3], SamplingParams(max_tokens=4))
+    with pytest.raises(UserError, match="in flight"):
+        engine.generate([[4, 5]], SamplingParams(max_tokens=4))
+    with pytest.raises(UserError, match="2 SamplingParams for 1"):
+        tiny.engine(tokenizer, tiny.model()).generate([[4]], [SamplingParams()] * 2)
+
+
+def test_settings_of_recorded_graphs_stay_alive(tokenizer):
+    """A graph reads the stop ids of when it was recorded: the same tensor must serve again."""
+    engine = tiny.engine(tokenizer, tiny.model())
+    seen = []
+    for stop in ((5,), (6,), (5,)):
+        engine.generate([[1]], SamplingParams(max_tokens=2, stop_token_ids=stop))
+        seen.append(engine.rows.stop_ids)
+    assert seen[0] is seen[2] and seen[0] is not seen[1]
+
+
+def test_lists_and_single_strings_are_fine_as_settings():
+    params = SamplingParams(stop="###", stop_token_ids=[1], answer_slots=[[2, 3]])
+    assert params.stop == ("###",) and hash(params.shared()) is not None
+
+
+def test_log_lines_may_hold_unicode_line_separators(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1, "query": "a\u2028b\x85c"}\n{"step": 2}\n{"st', encoding="utf-8")
+    assert [line["step"] for line in log.read_lines(path)] == [1, 2]
+
+
+def test_equal_prompts_of_a_step_are_answered_apart(root):
+    import runpy
+
+    apart = runpy.run_path(str(root / "train.py"))["seeds_apart"]
+    seeds = [p.seed for p in apart(SamplingParams(seed=7), [[1], [2], [1], [1]])]
+    assert seeds[:2] == [7, 7] and len(set(seeds)) == 3
+
+
+def test_the_last_judge_is_asked_as_it_was_trained(inputs, cli):  # noqa: F811
+    assert cli("train.py", "judge", *SMALL, "--name", "direct", "--no-think")[0] == 0
+    code, _, err = cli("sample.py", "judge", "--query", "1+2", "--a", "3", "--b", "4")
+    assert code == 0 and "direct" in err and "without thinking" in err
+
+
+def test_a_run_without_checkpoint_can_be_started_again(inputs, cli):  # noqa: F811
+    (inputs / "runs" / "x").mkdir(parents=True)
+    (inputs / "runs" / "x" / "config.json").write_text("{")
+    (inputs / "runs" / "x" / "metrics.jsonl").write_text('{"step": 0}\n')
+    assert cli("train.py", "judge", *SMALL, "--name", "x")[0] == 0
+    steps = [line["step"] for line in log.read_lines(inputs / "runs" / "x" / "metrics.jsonl")]
+    assert steps == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        (["--learning-rate", "1e30", "--steps", 3], "gradient"),
+        (["--learning-rate", "nan"], "learning_rate"),
+        (["--name", "a/b"], "not a path"),
+        (["--eval-share", 5], "eval_share"),
+        (["--seed", 10**13], "seed"),
+        (["--engine.cache-gib", 0, "--engine.num-blocks", "None"], "cache_gib"),
+    ],
+)
+def test_settings_out_of_range_are_one_line(inputs, cli, args, word):  # noqa: F811
+    one_clear_line(cli("train.py", "judge", *SMALL, *args), [word])

@@ -31,7 +31,7 @@ def rows_of(folder, name="metrics.jsonl"):
 
 def timeless(rows):
     """Metrics without what a clock says."""
-    clocks = ("seconds", "tokens_per_s", "minutes")
+    clocks = ("seconds", "tokens_per_s", "minutes", "host_share")
     return [{k: v for k, v in row.items() if not k.endswith(clocks)} for row in rows]
 
 
@@ -455,10 +455,10 @@ def test_preset_that_does_not_fit_is_named(tmp_path, text, words):
 
 def test_flags_win_over_the_preset_and_the_preset_over_defaults(tmp_path, cli):
     preset = tmp_path / "mine.toml"
-    preset.write_text("steps = 1\nprompts = 3\nclip = 1\n[engine]\nblock_size = 4\n")
+    preset.write_text("steps = 1\nprompts = 3\nkl = 1\n[engine]\nblock_size = 4\n")
     args = [*SMALL[4:], "--group", 2, "--config", preset, "--prompts", 2, "--name", "p"]
     code, _, err = cli("train.py", "judge", *args)
     assert code == 0, err
     config = json.loads((tmp_path / "runs" / "p" / "config.json").read_text())["config"]
-    assert (config["steps"], config["prompts"], config["clip"]) == (1, 2, 1.0)
+    assert (config["steps"], config["prompts"], config["kl"]) == (1, 2, 1.0)
     assert config["engine"]["block_size"] == 4 and config["temperature"] == 1.0
