@@ -13,29 +13,18 @@ from pathlib import Path
 from nanorrm import metrics
 from nanorrm.config import UserError, at_least, parse_command, run_script
 from nanorrm.data import ToySource, read_pairs
-from nanorrm.judge import open_judge
+from nanorrm.judge import JudgeSettings, open_judge
 from nanorrm.toy import TERMS
 
 
 @dataclass
-class Evaluation:
+class Evaluation(JudgeSettings):
     """What every evaluation has."""
 
-    model: str | None = None  # folder, toy-judge or toy; None: the last trained judge
-    template: str = "auto"  # prompt: rrm, toy, or auto (toy for a toy tokenizer)
-    think: bool | None = None  # False: a judge trained without thinking; None: as it was trained
-    votes: int = 1  # generations per order
-    both_orders: bool = True  # also show each pair with the responses exchanged
-    temperature: float = 0.6  # 0 is greedy
-    max_tokens: int | None = None  # new tokens at most; None: 128 for toy, 8192 for rrm
-    max_think_tokens: int | None = None  # thinking tokens before the engine closes it
-    seed: int = 0
-    threads: int = 0  # CPU threads of torch; 0: its own choice
     json: str | None = None  # also write the numbers to this file
 
     def __post_init__(self):
-        at_least(self, 1, "votes")
-        at_least(self, 0, "threads")
+        super().__post_init__()
         if self.json and not Path(self.json).parent.is_dir():
             raise UserError(f"{self.json}: no such folder")
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from nanorrm.config import UserError, at_least, parse_command, run_script
 from nanorrm.data import Pair, read_pairs
-from nanorrm.judge import open_judge
+from nanorrm.judge import JudgeSettings, open_judge
 from nanorrm.metrics import outcome
 
 
 @dataclass
-class JudgeSample:
+class JudgeSample(JudgeSettings):
     """Judge two responses to a query, thinking shown."""
 
     query: str | None = None  # what was asked
@@ -22,20 +22,10 @@ class JudgeSample:
     b: str | None = None  # the second response
     data: str | None = None  # jsonl of pairs, in place of query, a and b
     limit: int = 5  # pairs of the file to judge; 0: all
-    model: str | None = None  # folder, toy-judge or toy; None: the last trained judge
-    template: str = "auto"  # prompt: rrm, toy, or auto (toy for a toy tokenizer)
-    think: bool | None = None  # False: a judge trained without thinking; None: as it was trained
-    votes: int = 1  # generations per order
-    both_orders: bool = True  # also show the pair with the responses exchanged
-    temperature: float = 0.6  # 0 is greedy
-    max_tokens: int | None = None  # new tokens at most; None: 128 for toy, 8192 for rrm
-    max_think_tokens: int | None = None  # thinking tokens before the engine closes it
-    seed: int = 0
-    threads: int = 0  # CPU threads of torch; 0: its own choice
 
     def __post_init__(self):
-        at_least(self, 1, "votes")
-        at_least(self, 0, "limit", "threads")
+        super().__post_init__()
+        at_least(self, 0, "limit")
 
 
 def judge(cfg):

@@ -46,7 +46,7 @@ class EngineBench:
     longest: int = 256  # responses are cut there
     batches: str = "32,64,128"  # batch sizes transformers may choose from; its best one counts
     decode: str = "64,256"  # batch sizes of the pure decode benchmark
-    contexts: str = "128,512"  # its context lengths, tokens
+    contexts: str = ""  # its context lengths, tokens; empty: 128,512 on a CPU, 1024,4096 on a GPU
     peers: bool = True  # also run transformers' generate and generate_batch
     repeats: int = 3  # runs of ours; the median counts
     threads: int = 0  # CPU threads of torch; 0: its own choice
@@ -57,7 +57,7 @@ def build(name, device):
     """A random-weight model of a named shape; its entropy is not trivial, nothing ever stops it."""
     hidden, inter, layers, heads, kv, dim, vocab, tied = SHAPES[name]
     config = ModelConfig(
-        vocab, hidden, inter, layers, heads, kv, dim, 4096, tie_word_embeddings=tied
+        vocab, hidden, inter, layers, heads, kv, dim, 8192, tie_word_embeddings=tied
     )  # fmt: skip
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = Transformer(config).init_weights(0)
@@ -232,6 +232,7 @@ def bench_engine(cfg):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     names = cfg.models or ("0.5B,1.5B,7B" if device == "cuda" else "toy,10M")
+    contexts = cfg.contexts or ("1024,4096" if device == "cuda" else "128,512")
     rows = []
     about = (
         torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
@@ -268,7 +269,7 @@ def bench_engine(cfg):
         kv = 2 * model.config.num_hidden_layers * model.config.num_key_value_heads
         kv *= model.config.head_dim * model.head.element_size()  # bytes per token
         weights = size * model.head.element_size()
-        for batch, context in itertools.product(numbers(cfg.decode), numbers(cfg.contexts)):
+        for batch, context in itertools.product(numbers(cfg.decode), numbers(contexts)):
             speed = time_decode(model, batch, context)
             roof = batch / ((weights + batch * context * kv) / bandwidth)
             note = f"{speed / roof:.1%} of the roofline, {roof:.0f}"

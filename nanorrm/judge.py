@@ -12,7 +12,7 @@ import torch
 
 from nanorrm import prompts
 from nanorrm.checkpoint import read_json
-from nanorrm.config import UserError
+from nanorrm.config import UserError, at_least
 from nanorrm.data import Pair
 from nanorrm.engine import Engine
 from nanorrm.log import runs_of
@@ -132,9 +132,30 @@ class Judge:
         return verdicts
 
 
+@dataclass
+class JudgeSettings:
+    """How sample.py and eval.py open and ask a judge."""
+
+    model: str | None = None  # folder, toy-judge or toy; None: the last trained judge
+    template: str = "auto"  # prompt: rrm, toy, or auto (toy for a toy tokenizer)
+    think: bool | None = None  # False: a judge trained without thinking; None: as it was trained
+    votes: int = 1  # generations per order
+    both_orders: bool = True  # also show each pair with the responses exchanged
+    temperature: float = 0.6  # 0 is greedy
+    max_tokens: int | None = None  # new tokens at most; None: 128 for toy, 8192 for rrm
+    max_think_tokens: int | None = None  # thinking tokens before the engine closes it
+    seed: int = 0
+    threads: int = 0  # CPU threads of torch; 0: its own choice
+
+    def __post_init__(self):
+        at_least(self, 1, "votes")
+        at_least(self, 0, "threads", "temperature")
+        if self.max_tokens is not None:
+            at_least(self, 1, "max_tokens")
+
+
 def open_judge(cfg):
-    """A Judge from the settings of a script: model, template, think, temperature, max_tokens, seed,
-    threads.
+    """A Judge from JudgeSettings.
 
     Without a model, the judge trained last under runs/ answers, asked the way it was trained (with
     thinking or without), else the shipped one; a line on stderr says which.

@@ -129,7 +129,7 @@ class Scheduling(RuleBasedStateMachine):
 
 
 TestScheduling = Scheduling.TestCase
-TestScheduling.settings = settings(max_examples=40, stateful_step_count=60, deadline=None)
+TestScheduling.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
 
 
 @pytest.mark.parametrize("chunked", [True, pytest.param(False, marks=pytest.mark.slow)])
