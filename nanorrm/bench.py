@@ -226,6 +226,15 @@ def agreement(model, prompts):
     return mean, gap.square().mean().sqrt().item()
 
 
+def identical(model, prompts):
+    """Share of completions that are the same, id for id, alone and in a batch."""
+    params = SamplingParams(max_tokens=48, stop_token_ids=())
+    together = Engine(model, toy.make_tokenizer()).generate(prompts, params)
+    alone = Engine(model, toy.make_tokenizer(), EngineConfig(max_batch=1))
+    few = alone.generate(prompts[:8], params)
+    return sum(a[0].ids == b[0].ids for a, b in zip(few, together)) / len(few)
+
+
 def bench_engine(cfg):
     """Print one line per model and way of generating; ratios are to the best peer."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -255,7 +264,11 @@ def bench_engine(cfg):
             print(f"  {how:34s} {useful / seconds:10.0f} tok/s  {note}", flush=True)
 
         seconds, stats = time_ours(model, prompts, lengths, cfg.repeats)
-        line("nanorrm", seconds, f"{stats['steps']} steps, {stats['cached_tokens']} tokens cached")
+        line(
+            "nanorrm",
+            seconds,
+            f"{stats['steps']} steps, {stats['host_seconds'] / stats['seconds']:.0%} on the host",
+        )
         unshared, _ = time_ours(model, prompts, lengths, cfg.repeats, prefix_cache=False)
         line("nanorrm, prompts not shared", unshared)
         if cfg.peers:
@@ -266,6 +279,7 @@ def bench_engine(cfg):
                 print(f"  nanorrm / best of transformers: {useful / seconds / best:.1f}x")
         entropy, rms = agreement(model, prompts)
         print(f"  sampler against trainer: RMS {rms:.2g} nats at entropy {entropy:.2f}")
+        print(f"  identical completions alone and in a batch: {identical(model, prompts):.0%}")
         kv = 2 * model.config.num_hidden_layers * model.config.num_key_value_heads
         kv *= model.config.head_dim * model.head.element_size()  # bytes per token
         weights = size * model.head.element_size()
