@@ -20,8 +20,8 @@ test: .venv/ready-dev
 	$(VENV) -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
-# The tables of docs/RESULTS.md, remade under runs/: `make -j2 results` takes about 20 minutes on two
-# cores (one thread per run). Seed 2 starts from a base of its own.
+# The first table of docs/RESULTS.md, remade under runs/: `make -j2 results`, one thread per run. On two
+# cores the runs took 12 minutes, to which the two bases come. Seed 2 starts from a base of its own.
 SEEDS := 0 1 2
 EVALS := $(foreach s,$(SEEDS),runs/judge-$s/eval.json runs/direct-$s/eval.json runs/no-check-$s/eval.json)
 ONE := --threads 1
@@ -29,23 +29,23 @@ ONE := --threads 1
 results: .venv/ready runs/base/eval.json $(EVALS)
 	$(VENV) docs/results.py
 
-runs/base/eval.json: .venv/ready
+runs/base/eval.json: | .venv/ready
 	mkdir -p runs/base
 	$(VENV) eval.py toy --model toy $(ONE) --json $@
 
-runs/base-1/model: .venv/ready
+runs/base-1/model: | .venv/ready
 	$(VENV) train.py base --seed 1 --name base-1 $(ONE)
 
-runs/base-no-check/model: .venv/ready
+runs/base-no-check/model: | .venv/ready
 	$(VENV) train.py base --config configs/base_no_check.toml $(ONE)
 
 runs/judge-2/eval.json: runs/base-1/model
 runs/judge-2/eval.json: START = --model runs/base-1/model
-runs/judge-%/eval.json: .venv/ready
+runs/judge-%/eval.json: | .venv/ready
 	$(VENV) train.py judge $(START) --seed $* --name judge-$* $(ONE)
 	$(VENV) eval.py toy --model runs/judge-$*/model $(ONE) --json $@
 
-runs/direct-%/eval.json: .venv/ready
+runs/direct-%/eval.json: | .venv/ready
 	$(VENV) train.py judge --config configs/direct.toml --seed $* --name direct-$* $(ONE)
 	$(VENV) eval.py toy --no-think --model runs/direct-$*/model $(ONE) --json $@
 
