@@ -13,14 +13,17 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from nanorrm import benchmarks, bestof, metrics, results
-from nanorrm import scaling as scales
-from nanorrm.benchmark_rankings import rankings_of, rewardbench2
-from nanorrm.benchmarks import Benchmark
-from nanorrm.config import JudgeSettings, UserError, at_least, one_of, parse_command, run_script
-from nanorrm.data import ToySource, read_pairs, read_rankings
-from nanorrm.judge import open_judge
-from nanorrm.toy import TERMS
+from nanorrm.cli import parse_command, run_script
+from nanorrm.config import JudgeSettings, UserError, at_least, one_of
+from nanorrm.data.read import read_pairs, read_rankings
+from nanorrm.data.sources import ToySource
+from nanorrm.data.toy import TERMS
+from nanorrm.judge.open import open_judge
+from nanorrm.measure import benchmarks, metrics, results
+from nanorrm.measure import scaling as scales
+from nanorrm.measure.benchmark_rankings import rankings_of, rewardbench2
+from nanorrm.measure.benchmarks import Benchmark
+from nanorrm.rank import bestof
 
 
 @dataclass
@@ -204,7 +207,7 @@ def rewardbench(cfg):
     folder, judge = begin("rewardbench", cfg)
     ranked, play = ranks(cfg, judge, rankings, "bradley_terry")
     values, queries, weights = rewardbench2(rankings, [r.ratings for r in ranked])
-    rows = {name: bestof.over_queries(values, queries, play, w) for name, w in weights.items()}
+    rows = {name: results.over_queries(values, queries, play, w) for name, w in weights.items()}
     print("\n".join(results.ranking_table(rows)))
     if None in values:
         print(f"\n{values.count(None)} rows of Ties lack their other half: judged, not scored")
@@ -221,7 +224,7 @@ def ppe(cfg):
     folder, judge = begin("ppe", cfg)
     ranked, play = ranks(cfg, judge, rankings, cfg.strategy, cfg.opponents)
     played = {cfg.strategy: (ranked, play)}
-    rows = bestof.chosen(rankings, played)
+    rows = results.chosen(rankings, played)
     print("\n".join(results.ranking_table(rows)))
     truth, ratings = [r.truth for r in rankings], [r.ratings for r in ranked]
     scores = metrics.best_of_k_scores(ratings, truth, seed=cfg.seed)
@@ -240,7 +243,7 @@ def bon(cfg):
     rankings = first(rankings, cfg.limit)
     folder, judge = begin("bon", cfg)
     played = {name: ranks(cfg, judge, rankings, name, cfg.opponents) for name in cfg.strategies}
-    rows = bestof.chosen(rankings, played)
+    rows = results.chosen(rankings, played)
     print("\n".join(results.ranking_table(rows)))
     close(cfg, folder, "bon", judge, {"rows": rows}, rankings, played)
 

@@ -18,16 +18,20 @@ from pathlib import Path
 
 import torch
 
-from nanorrm import bestof, prompts, results
-from nanorrm.config import JudgeSettings, UserError, at_least, one_of, parse_command, run_script
-from nanorrm.data import Pair, Ranking, read_pairs, read_rankings
-from nanorrm.engine import Engine
-from nanorrm.formats import as_text
-from nanorrm.judge import open_judge
-from nanorrm.live import live, printable
-from nanorrm.metrics import outcome
-from nanorrm.sampling import SamplingParams
-from nanorrm.tokenizer import THINK
+from nanorrm.cli import parse_command, run_script
+from nanorrm.config import JudgeSettings, UserError, at_least, one_of
+from nanorrm.data.formats import as_text
+from nanorrm.data.read import read_pairs, read_rankings
+from nanorrm.engine.engine import Engine
+from nanorrm.engine.sampling import SamplingParams
+from nanorrm.engine.stream import live, printable
+from nanorrm.judge import prompts
+from nanorrm.judge.open import open_judge
+from nanorrm.measure import results
+from nanorrm.measure.metrics import outcome
+from nanorrm.model.tokenizer import THINK
+from nanorrm.rank import bestof
+from nanorrm.records import Pair, Ranking
 
 
 @dataclass

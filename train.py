@@ -8,28 +8,30 @@ The judge's loop is GRPO in full, to be read from `train_judge` down:
 `python train.py judge --help` lists every setting; `--config configs/direct.toml` takes a preset.
 """
 
-import json
 import sys
 import textwrap
 import time
-from collections import Counter
 
 import torch
 
-from nanorrm import config, contest, dist, grpo, log, metrics, packing, preferences, prompts, toy
-from nanorrm.checkpoint import read_json, resolve_model
-from nanorrm.config import UserError, parse_command, run_script
-from nanorrm.data import mix, parse_source, read_pairs
-from nanorrm.judge import Judge
-from nanorrm.log import Interrupt, Run, run_folder
-from nanorrm.model import Transformer
-from nanorrm.patterns import patterns
-from nanorrm.policy import open_policy
-from nanorrm.queries import Epochs, open_queries
-from nanorrm.rewards import verdict_reward
-from nanorrm.sampling import SamplingParams, seeds_apart
-from nanorrm.trainer import Trainer, explain, open_engine, open_weights
-from nanorrm.update import policy_update, preference_update, reference_logprobs
+from nanorrm import config, ranks
+from nanorrm.cli import parse_command, run_script
+from nanorrm.config import UserError
+from nanorrm.data.sources import open_source
+from nanorrm.engine.sampling import SamplingParams, seeds_apart
+from nanorrm.files import read_json
+from nanorrm.judge import prompts
+from nanorrm.judge.judge import Judge
+from nanorrm.measure import metrics
+from nanorrm.measure.patterns import patterns
+from nanorrm.runs import Interrupt, Run, explain, interrupted, run_folder
+from nanorrm.train import curves, grpo
+from nanorrm.train.base_loop import train_base
+from nanorrm.train.open import open_engine, open_weights
+from nanorrm.train.policy_loop import train_dpo, train_policy
+from nanorrm.train.rewards import verdict_reward
+from nanorrm.train.trainer import Trainer
+from nanorrm.train.update import policy_update
 
 
 def train_judge(cfg, run):
@@ -39,7 +41,7 @@ def train_judge(cfg, run):
     reference = open_weights(cfg.model, cfg, device, train=False) if cfg.loss.kl else None
     engine = open_engine(cfg, trainer.model, device)
     template = prompts.template_of(engine.tokenizer) if cfg.template == "auto" else cfg.template
-    judge = Judge(dist.Dealt(engine), template, cfg.temperature, cfg.max_tokens, cfg.think)
+    judge = Judge(ranks.Dealt(engine), template, cfg.temperature, cfg.max_tokens, cfg.think)
     judge.check_fits()
     source = open_source(cfg, judge)
     held_out = source.held_out(cfg.eval_pairs)
@@ -50,7 +52,7 @@ def train_judge(cfg, run):
     before = state.get("before") or show(judge, held_out[:3], cfg.max_think_tokens)
     if start == 0:
         stats = evaluate(judge, held_out, cfg.max_think_tokens)
-        run.log(0, stats, log.judge_line(stats))
+        run.log(0, stats, curves.judge_line(stats))
 
     with Interrupt() as interrupt, explain(run, cfg):
         for step in range(start + 1, cfg.steps + 1):
@@ -77,23 +79,23 @@ def train_judge(cfg, run):
             # 6. log, evaluate, save
             minutes += (trained - began) / 60
             times = {"rollout": rolled - began, "train": trained - rolled}
-            stats = {**metrics.rollout_stats(graded, groups), **update}
-            stats |= metrics.speeds(questions, groups, times) | work
+            stats = {**curves.rollout_stats(graded, groups), **update}
+            stats |= curves.speeds(questions, groups, times) | work
             out_of_time = cfg.max_minutes and minutes >= cfg.max_minutes
-            last = step == cfg.steps or dist.any_rank(out_of_time or interrupt.asked)
+            last = step == cfg.steps or ranks.any_rank(out_of_time or interrupt.asked)
             if step % cfg.eval_every == 0 or last:
                 stats |= evaluate(judge, held_out, cfg.max_think_tokens)
             if step % cfg.sample_every == 0 or step == 1:
                 log_samples(run, step, pairs[0], groups[0], graded[0])
-            run.log(step, {**stats, "minutes": minutes}, log.judge_line(stats))
+            run.log(step, {**stats, "minutes": minutes}, curves.judge_line(stats))
             if step % cfg.save_every == 0 or last:
                 trainer.save(run, step, {"minutes": minutes, "cursor": cursor, "before": before})
             if last:
                 break
-    if dist.any_rank(interrupt.asked):
+    if ranks.any_rank(interrupt.asked):
         return interrupted(run, step)
     run.save_model(engine.model, engine.tokenizer)
-    run.plot(log.judge_panels)
+    run.plot(curves.judge_panels)
     after = show(judge, held_out[:3], cfg.max_think_tokens)
     return "\n".join(examples(held_out[:3], before, after))
 
@@ -172,223 +174,6 @@ def examples(pairs, before, after):
             yield f"  {when:6s} thinks {textwrap.shorten(thought, 400)!r}, says {winner} ({mark})"
 
 
-# -- policies, taught by a judge
-
-
-def train_policy(cfg, run):
-    """GRPO without labels: the responses to a query compete, and a judge decides their matches."""
-    trainer, engine, policy, referee = open_lesson(cfg)
-    device = trainer.model.device
-    reference = open_weights(cfg.model, cfg, device, train=False) if cfg.loss.kl else None
-    source = open_queries(cfg, policy)
-    state = trainer.load(run) if cfg.resume else {}
-    start, minutes, cursor = (state.get(name, 0) for name in ("step", "minutes", "cursor"))
-    engine.sync(trainer.model)
-    watch = contest.Watch(policy, referee, source, cfg, state.get("watch"))
-    run.start(start, cfg.steps)
-    if start == 0:
-        stats = watch.standing()
-        run.log(0, stats, log.policy_line(stats))
-
-    with Interrupt() as interrupt, explain(run, cfg):
-        for step in range(start + 1, cfg.steps + 1):
-            began = time.perf_counter()
-            engine.report(), referee.report()  # forget the work of evaluations
-
-            # 1. queries -> prompts -> G responses of each -> answers, without their thinking
-            queries = source.take(cursor, cfg.prompts)
-            cursor += cfg.prompts
-            seed = cfg.seed * 1_000_003 + step
-            questions, groups = policy.respond(queries, cfg.group, seed)  # [P], [P][G]
-            answers = policy.answers(questions, groups)
-            work = engine.report()
-            rolled = time.perf_counter()
-
-            # 2. matches in each group, judged -> ratings -> rewards -> advantages
-            graded = contest.earned(referee, queries, answers, cfg.rating, cfg.opponents, seed)
-            rewards = torch.tensor(graded)  # [P, G]
-            advantages = grpo.advantages(rewards, cfg.scale)
-            work |= referee.report()
-            judged = time.perf_counter()
-
-            # 3. loss, gradient, AdamW
-            update = policy_update(trainer, step, questions, groups, advantages, cfg, reference)
-            engine.sync(trainer.model)
-            trained = time.perf_counter()
-
-            # 4. log, evaluate, save
-            minutes += (trained - began) / 60
-            times = {"rollout": rolled - began, "train": trained - judged}
-            stats = {**contest.response_stats(queries, groups, answers, graded), **update}
-            stats |= metrics.speeds(questions, groups, times) | work
-            last = step == cfg.steps or dist.any_rank(interrupt.asked)
-            if step % cfg.eval_every == 0 or last:
-                stats |= watch.standing()
-            if step % cfg.sample_every == 0 or step == 1:
-                shown = contest.sample_record(queries[0], groups[0], answers[0], graded[0])
-                run.append("samples.jsonl", {"step": step, **shown})
-            run.log(step, {**stats, "minutes": minutes}, log.policy_line(stats))
-            if step % cfg.save_every == 0 or last:
-                extra = {"minutes": minutes, "cursor": cursor, "watch": watch.start}
-                trainer.save(run, step, extra)
-            if last:
-                break
-    if dist.any_rank(interrupt.asked):
-        return interrupted(run, step)
-    return graduate(run, engine, watch)
-
-
-def train_dpo(cfg, run):
-    """DPO on pairs of responses that a judge has labelled, all before the first step."""
-    trainer, engine, policy, referee = open_lesson(cfg)
-    source = open_queries(cfg, policy)
-    path = run.folder / "preferences.jsonl"
-    if cfg.resume:
-        labelled, state = preferences.load(path), trainer.load(run)
-        start, minutes = state["step"], state["minutes"]
-        engine.sync(trainer.model)
-        watch = contest.Watch(policy, referee, source, cfg, state["watch"])
-        run.start(start, cfg.steps)
-    else:
-        labelled, work = preferences.label_pairs(policy, referee, source, cfg)
-        reference_logprobs(trainer, labelled)
-        watch = contest.Watch(policy, referee, source, cfg)
-        start = minutes = 0
-        run.start(start, cfg.steps)
-        if run.main:
-            preferences.save(path, labelled)
-        stats = watch.standing()
-        run.log(0, {**work, **stats}, log.policy_line(stats))
-    rows = Epochs(labelled, cfg.seed)
-
-    with Interrupt() as interrupt, explain(run, cfg):
-        for step in range(start + 1, cfg.steps + 1):
-            began = time.perf_counter()
-            batch = rows.take((step - 1) * cfg.batch, cfg.batch)
-            stats = preference_update(trainer, step, batch, cfg)
-            engine.sync(trainer.model)
-            stats["train/seconds"] = seconds = time.perf_counter() - began
-            minutes += seconds / 60
-            last = step == cfg.steps or dist.any_rank(interrupt.asked)
-            if step % cfg.eval_every == 0 or last:
-                stats |= watch.standing()
-            run.log(step, {**stats, "minutes": minutes}, log.policy_line(stats))
-            if step % cfg.save_every == 0 or last:
-                trainer.save(run, step, {"minutes": minutes, "watch": watch.start})
-            if last:
-                break
-    if dist.any_rank(interrupt.asked):
-        return interrupted(run, step)
-    return graduate(run, engine, watch)
-
-
-def open_lesson(cfg):
-    """(Trainer, its Engine, Policy, Referee) of a TaughtConfig."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    trainer = Trainer(open_weights(cfg.model, cfg, device), cfg)
-    engine = open_engine(cfg, trainer.model, device)
-    if cfg.release_cache:
-        engine.sleep()
-    return trainer, engine, open_policy(cfg, engine), contest.open_referee(cfg)
-
-
-def graduate(run, engine, watch):
-    """Leave the trained policy, its curves and its exam, which is returned in words too."""
-    run.save_model(engine.model, engine.tokenizer)
-    run.plot(log.policy_panels)
-    lines = watch.exam()
-    if run.main:
-        log.write_text(run.folder / "best_of.json", json.dumps(lines, indent=2) + "\n")
-    return contest.exam_text(lines)
-
-
-# -- the base model of the embedded world
-
-
-def train_base(cfg, run):
-    """Pre-train the toy base on documents of the embedded world, loss on the completions only."""
-    if dist.world_size() > 1:
-        raise UserError("the toy base is small: train it in one process")
-    if cfg.dtype == "bfloat16":
-        raise UserError("the toy base is small: it trains in fp32")
-    tokenizer = toy.make_tokenizer()
-    if cfg.model:
-        model = Transformer.from_pretrained(resolve_model(cfg.model))
-    else:
-        model = Transformer(toy.model_config()).init_weights(cfg.seed)
-    trainer = Trainer(model.to("cuda" if torch.cuda.is_available() else "cpu"), cfg)
-    start = trainer.load(run)["step"] if cfg.resume else 0
-    run.start(start, cfg.steps)
-    with Interrupt() as interrupt, explain(run, cfg):
-        for step in range(start + 1, cfg.steps + 1):
-            began = time.perf_counter()
-            rng = toy.stream_rng("base", cfg.seed, step)
-            shares = cfg.solve, cfg.check, cfg.careless
-            drawn = [toy.draw_document(rng, *shares) for _ in range(cfg.documents)]
-            encode = tokenizer.encode_template
-            samples = [packing.Sample(encode(given), encode(rest), {}) for given, rest in drawn]
-            tokens = sum(len(sample.target) for sample in samples)
-
-            def part(values, logp, entropy, tokens=tokens):
-                return -(logp * values["weight"]).sum() / tokens, {}
-
-            for sample in samples:
-                sample.values["weight"] = [1.0] * len(sample.target)
-            stats = trainer.step(trainer.batches(samples), part, trainer.rate(step))
-            last = step == cfg.steps or dist.any_rank(interrupt.asked)
-            stats["step/seconds"] = seconds = time.perf_counter() - began
-            stats["train/tokens_per_s"] = sum(map(len, samples)) / seconds
-            line = f"loss {stats['loss']:.4f}  grad {stats['grad_norm']:.2f}  {seconds:.2f} s"
-            run.log(step, stats, line, quiet=step % 50 and not last)
-            if step % cfg.save_every == 0 or last:
-                trainer.save(run, step, {})
-            if last:
-                break
-    if dist.any_rank(interrupt.asked):
-        return interrupted(run, step)
-    run.save_model(model, tokenizer)
-    return "try it: python eval.py toy --model " + str(run.folder / "model")
-
-
-# -- shared
-
-
-def open_source(cfg, judge):
-    """Where pairs come from: the files (or the toy world) of cfg.data, mixed by their ratios."""
-    parts = []
-    for name, ratio in map(parse_source, cfg.data):
-        parts.append((name, None if name == "toy" else fitting_pairs(name, cfg, judge), ratio))
-    return mix(parts, cfg.seed, cfg.eval_share)
-
-
-def fitting_pairs(name, cfg, judge):
-    """The labelled pairs of a file that fit the model; the others are dropped and counted."""
-    pairs, params = read_pairs(name, cfg.columns), SamplingParams(max_tokens=cfg.max_tokens)
-    fitting, why = [], Counter()
-    for pair in pairs:
-        try:
-            prompt = judge.prompt(pair)
-            long = 0 < cfg.max_prompt_tokens < len(prompt)
-            refusal = (long or judge.backend.refusal(prompt, params)) and "too long"
-        except UserError as error:
-            refusal = str(error)
-        if pair.label is None:
-            refusal = "no label"
-        if refusal:
-            why[refusal] += 1
-        else:
-            fitting.append(pair)
-    dropped = "; ".join(f"{n} dropped: {reason}" for reason, n in why.items()) or "none dropped"
-    if dist.rank() == 0:
-        print(f"{name}: {len(pairs)} pairs, {dropped}")
-    return fitting
-
-
-def interrupted(run, step):
-    """What to say after Ctrl-C."""
-    return f"interrupted: saved at step {step}; --resume --name {run.folder.name} continues"
-
-
 STAGES = {
     "base": (config.BaseConfig, train_base),
     "judge": (config.JudgeConfig, train_judge),
@@ -417,12 +202,12 @@ def main():
         check_unchanged(cfg, saved_config(stage, cfg)[1])
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    dist.init()
+    ranks.init()
     with Run(stage, cfg) as run:
         closing = STAGES[stage][1](cfg, run)
-    if dist.rank() == 0:
+    if ranks.rank() == 0:
         print(f"{closing}\nrun folder: {run.folder}")
-    dist.finish()
+    ranks.finish()
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ from dataclasses import replace
 from unittest.mock import patch
 
 import train
-from nanorrm import metrics
-from nanorrm.config import JudgeConfig, run_script
-from nanorrm.experiment import Lab
+from experiments.lab import Lab
+from nanorrm.cli import run_script
+from nanorrm.config import JudgeConfig
+from nanorrm.measure import metrics
 
 collect = train.collect
 

@@ -14,10 +14,11 @@ short ones carry over, or does it only take time from the others?
 from unittest.mock import patch
 
 import train
-from nanorrm import toy
-from nanorrm.config import JudgeConfig, run_script
-from nanorrm.data import ToySource, toy_pair
-from nanorrm.experiment import Lab
+from experiments.lab import Lab
+from nanorrm.cli import run_script
+from nanorrm.config import JudgeConfig
+from nanorrm.data import toy
+from nanorrm.data.sources import ToySource, toy_pair
 
 
 def short_first(pairs):

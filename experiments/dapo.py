@@ -13,8 +13,9 @@ which is to be kept up; and at what the four updates do by themselves, beside on
 """
 
 import train
-from nanorrm.config import JudgeConfig, LossConfig, run_script
-from nanorrm.experiment import Lab
+from experiments.lab import Lab
+from nanorrm.cli import run_script
+from nanorrm.config import JudgeConfig, LossConfig
 
 
 def main():

@@ -13,8 +13,9 @@ does not mind.
 """
 
 import train
-from nanorrm.config import JudgeConfig, LossConfig, run_script
-from nanorrm.experiment import Lab
+from experiments.lab import Lab
+from nanorrm.cli import run_script
+from nanorrm.config import JudgeConfig, LossConfig
 
 
 def main():

@@ -16,11 +16,12 @@ which need no truth to be seen.
 from unittest.mock import patch
 
 import train
-from nanorrm.config import JudgeSettings, PolicyConfig, run_script
-from nanorrm.experiment import Lab
-from nanorrm.judge import Judge
-from nanorrm.policy import Policy
-from nanorrm.prompts import NO_ANSWER
+from experiments.lab import Lab
+from nanorrm.cli import run_script
+from nanorrm.config import JudgeSettings, PolicyConfig
+from nanorrm.judge.judge import Judge
+from nanorrm.judge.verdict import NO_ANSWER
+from nanorrm.train.policy import Policy
 
 compare, answer = Judge.compare, Policy.answer
 

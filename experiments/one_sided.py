@@ -14,9 +14,10 @@ Look at the steps to 90%, at the entropy, and at how much longer the thinking be
 from unittest.mock import patch
 
 import train
-from nanorrm import grpo
-from nanorrm.config import JudgeConfig, run_script
-from nanorrm.experiment import Lab
+from experiments.lab import Lab
+from nanorrm.cli import run_script
+from nanorrm.config import JudgeConfig
+from nanorrm.train import grpo
 
 advantages = grpo.advantages
 

@@ -17,22 +17,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanorrm import answers, prompts
-from nanorrm.config import (
-    EngineConfig,
-    JudgeSettings,
-    UserError,
-    at_least,
-    one_of,
-    parse_command,
-    run_script,
-)
-from nanorrm.data import Pair, as_object, read_pairs, shuffled
-from nanorrm.engine import Engine
-from nanorrm.formats import as_query, as_text, id_of, read_rows, write_rows
-from nanorrm.judge import open_judge
-from nanorrm.sampling import SamplingParams
-from nanorrm.tokenizer import END_THINK, THINK
+from nanorrm.cli import parse_command, run_script
+from nanorrm.config import EngineConfig, JudgeSettings, UserError, at_least, one_of
+from nanorrm.data import answers
+from nanorrm.data.formats import as_query, as_text, id_of, read_rows
+from nanorrm.data.read import as_object, read_pairs
+from nanorrm.engine.engine import Engine
+from nanorrm.engine.sampling import SamplingParams
+from nanorrm.files import write_rows
+from nanorrm.judge import prompts
+from nanorrm.judge.open import open_judge
+from nanorrm.model.tokenizer import END_THINK, THINK
+from nanorrm.records import Pair, shuffled
 
 ASK = {
     "value": "Think step by step, then give the final answer in \\boxed{}.",

@@ -23,9 +23,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
-from nanorrm import toy  # noqa: E402
 from nanorrm.config import EngineConfig  # noqa: E402
-from nanorrm.engine import Engine  # noqa: E402
+from nanorrm.data import toy  # noqa: E402
+from nanorrm.engine.engine import Engine  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):

@@ -2,7 +2,7 @@
 
 import random
 
-from nanorrm.judge import Verdict
+from nanorrm.judge.verdict import Verdict
 
 
 class FakeJudge:

@@ -20,8 +20,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
-from nanorrm import state, trainer  # noqa: E402
-from nanorrm.log import read_lines  # noqa: E402
+from nanorrm import runs  # noqa: E402
+from nanorrm.files import read_lines  # noqa: E402
+from nanorrm.train import checkpoint, trainer  # noqa: E402
 
 SETTINGS = ["--prompts", "2", "--group", "4", "--max-tokens", "16", "--eval-pairs", "0"]
 SETTINGS += ["--save-every", "1", "--learning-rate", "1e-3", "--threads", "1"]
@@ -49,7 +50,7 @@ def train(*args, before=None):
 
 def killer(fatal):
     """To be called in a child: kills it at line `fatal` of a save, or earlier in a later one."""
-    usual = state.save_state
+    usual = checkpoint.save_state
 
     def save_state(*args):
         nonlocal fatal
@@ -87,7 +88,7 @@ def main(folder, seed, kills):
     assert os.waitpid(train(*SETTINGS, "--steps", steps, "--name", "whole"), 0)[1] == 0
     step_time = (time.monotonic() - began) / steps
     for life in range(kills + 1):
-        saved = [state.step_of(path) for path in state.checkpoints(run)]
+        saved = [runs.step_of(path) for path in runs.checkpoints(run)]
         start = ["--resume"] if saved else [*SETTINGS, "--steps", steps]
         last, inside = life == kills, life % 2 == 0
         before = killer(rng.randrange(20_000)) if inside and not last else None
@@ -105,7 +106,7 @@ def main(folder, seed, kills):
             "killed": os.WIFSIGNALED(status),
             "status": status,
             "before": saved,
-            "after": [state.step_of(path) for path in state.checkpoints(run)],
+            "after": [runs.step_of(path) for path in runs.checkpoints(run)],
             "logged": read_lines(log)[-1]["step"] if lines(log) else 0,
             "hidden": [path.name for path in run.glob(".*.tmp")],
         }

@@ -7,7 +7,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from nanorrm.prompts import verdict_text
+from nanorrm.judge.verdict import verdict_text
 
 
 def oracle(user):

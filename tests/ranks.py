@@ -8,9 +8,9 @@ import sys
 import tiny
 import torch
 
-from nanorrm import dist
+from nanorrm import ranks
 from nanorrm.config import JudgeConfig, LossConfig
-from nanorrm.trainer import Trainer
+from nanorrm.train.trainer import Trainer
 from train import policy_update
 
 
@@ -19,14 +19,14 @@ def run(recorded, cfg, dtype=torch.float32, shard=False):
     model = tiny.model(tie_word_embeddings=False)
     reference = tiny.model(seed=1, tie_word_embeddings=False) if cfg.loss.kl else None
     if shard:
-        dist.shard(model, dtype)
-        reference = reference and dist.shard(reference, dtype)
+        ranks.shard(model, dtype)
+        reference = reference and ranks.shard(reference, dtype)
     trainer = Trainer(model, cfg)
     losses = []
     for step, (questions, groups, advantages) in enumerate(recorded, 1):
         stats = policy_update(trainer, step, questions, groups, advantages, cfg, reference)
         losses.append((stats["loss"], stats["grad_norm"], stats["sampler/logp_diff_max"]))
-    weights = {name: dist.whole(p).detach() for name, p in model.named_parameters()}
+    weights = {name: ranks.whole(p).detach() for name, p in model.named_parameters()}
     return losses, weights, {str(p.dtype) for p in model.parameters()}
 
 
@@ -39,10 +39,10 @@ def settings(**changes):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init()
+    ranks.init()
     path, result, changes, dtype = sys.argv[1:5]
     recorded = torch.load(path, weights_only=False)
     done = run(recorded, settings(**eval(changes)), getattr(torch, dtype), shard=True)
-    if dist.rank() == 0:
+    if ranks.rank() == 0:
         torch.save(done, result)
-    dist.finish()
+    ranks.finish()

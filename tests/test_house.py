@@ -1,9 +1,9 @@
-"""The house: layers, lint, doctests, imports without triton and beside transformers."""
+"""The house: one list of wings, lint, doctests, imports without triton and beside transformers."""
 
 import ast
 import doctest
 import importlib
-import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +13,46 @@ import pytest
 import nanorrm
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {"train", "sample", "eval"}
+
+# Each wing imports itself and what stands above it; the two of one line do not know each other.
+WINGS = (
+    ("kernels",),
+    ("ground",),  # the modules that lie directly in nanorrm/
+    ("model",),
+    ("engine",),
+    ("judge",),
+    ("rank", "data"),
+    ("measure",),
+    ("train",),
+    ("synth", "bench", "integrations"),
+    ("scripts",),  # train.py, sample.py, eval.py
+    ("experiments",),
+)
+FLOOR = {wing: floor for floor, wings in enumerate(WINGS) for wing in wings}
+FOLDERS = ("nanorrm", "kernels", "experiments")
+FILES = sorted(
+    [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    + [ROOT / f"{name}.py" for name in ("train", "sample", "eval")]
+)
+PUBLIC = ROOT / "nanorrm" / "__init__.py"  # what users import: it gathers names of many wings
+
+
+def module_of(path):
+    """nanorrm/judge/verdict.py -> nanorrm.judge.verdict; a package by its own name."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def wing_of(module):
+    """The wing of a module of ours."""
+    top, *rest = module.split(".")
+    if top != "nanorrm":
+        return top if top in FLOOR else "scripts"
+    is_wing = len(rest) > 1 or rest[:1] == ["synth"] or MODULES[module].name == "__init__.py"
+    return rest[0] if rest and is_wing else "ground"
 
 
 def imported(path):
@@ -28,59 +67,67 @@ def imported(path):
     return names
 
 
-def tops(path):
-    return {name.split(".")[0] for name in imported(path)}
+def ours(path):
+    """The modules of ours that a file imports; of a package's names, the module alone."""
+    found = imported(path) & set(MODULES)
+    packages = {name for name in found if MODULES[name].name == "__init__.py"}
+    return found - {p for p in packages if any(f.startswith(f"{p}.") for f in found)}
 
 
-PACKAGE = sorted((ROOT / "nanorrm").rglob("*.py"))
-KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
+@pytest.mark.parametrize("path", [p for p in FILES if p != PUBLIC], ids=module_of)
+def test_imports_go_one_way(path):
+    own = wing_of(module_of(path))
+    for name in ours(path) - {"nanorrm"}:
+        wing = wing_of(name)
+        assert wing == own or FLOOR[wing] < FLOOR[own], f"{own} imports {name} of {wing}"
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=lambda p: p.stem)
-def test_the_package_imports_no_script(path):
-    assert not tops(path) & SCRIPTS
+def test_no_import_runs_in_a_circle():
+    above = {name: ours(path) - {name, "nanorrm"} for name, path in MODULES.items()}
+    while above:
+        free = {name for name, needs in above.items() if not needs & set(above)}
+        assert free, f"a circle among {sorted(above)}"
+        above = {name: needs for name, needs in above.items() if name not in free}
 
 
-@pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.stem)
+def test_few_modules_lie_in_the_hall():
+    assert len(list((ROOT / "nanorrm").glob("*.py"))) <= 12
+
+
+def test_packages_import_nothing():
+    """Only nanorrm's own names are gathered; a wing's __init__ that imports makes circles."""
+    for path in (ROOT / "nanorrm").rglob("__init__.py"):
+        assert path == PUBLIC or not imported(path), path
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if "kernels" in p.parts], ids=module_of)
 def test_kernels_stand_below_all(path):
     allowed = {"torch", "triton", "kernels"} | set(sys.stdlib_module_names)
-    if path.stem.startswith("bench"):  # it plots, and compares with peers where those are there
+    if "bench" in module_of(path):  # it plots, and compares with peers where those are there
         allowed |= {"matplotlib", "flash_attn", "liger_kernel", "flashinfer", "cut_cross_entropy"}
     if path.stem == "flash_attention":  # impl="flash"
         allowed |= {"flash_attn"}
-    assert tops(path) <= allowed
+    assert {name.split(".")[0] for name in imported(path)} <= allowed
 
 
-PLAIN = [
-    "cache",
-    "grpo",
-    "dpo",
-    "rewards",
-    "metrics",
-    "rating",
-    "tournament",
-    "stopping",
-    "answers",
-    "formats",
-]
+PLAIN = ["engine.cache", "train.grpo", "measure.statistics", "measure.metrics", "rank.rating"]
+PLAIN += ["rank.tournament", "rank.stopping", "data.answers", "data.formats"]
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_plain_number_modules_know_no_model_and_no_engine(name):
-    path = ROOT / "nanorrm" / f"{name}.py"
-    known, todo = set(), [path]  # what it imports, and what that imports
+    known, todo = set(), [f"nanorrm.{name}"]  # what it imports, and what that imports
     while todo:
-        for module in imported(todo.pop()):
-            file = ROOT / Path(*module.split(".")).with_suffix(".py")
-            if module not in known and file.exists():
-                known.add(module)
-                todo.append(file)
-    assert not known & {"nanorrm.model", "nanorrm.engine"}
+        for module in ours(MODULES[todo.pop()]) - known:
+            known.add(module)
+            todo.append(module)
+    assert not known & {"nanorrm.model.transformer", "nanorrm.engine.engine"}
 
 
-def test_only_the_data_reader_and_the_benchmark_know_the_toy_world():
-    importers = {path.stem for path in PACKAGE if "nanorrm.toy" in imported(path)}
-    assert importers <= {"data", "queries", "bench_engine", "bench_train"}
+def test_only_the_sources_and_the_benches_know_the_toy_world():
+    importers = {name for name, path in MODULES.items() if "nanorrm.data.toy" in imported(path)}
+    allowed = {"nanorrm.data.sources", "nanorrm.train.base_loop"}
+    assert {name for name in importers if wing_of(name) != "bench"} <= allowed
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
@@ -92,42 +139,20 @@ def test_ruff(command):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-MODULES = [
-    f"nanorrm.{module.name}"
-    for module in pkgutil.iter_modules(nanorrm.__path__)
-    if not module.ispkg
-]
+# -- worked examples
+
+WITH_EXAMPLES = sorted(name for name, path in MODULES.items() if ">>> " in path.read_text("utf-8"))
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
 def test_doctests(name):
-    assert doctest.testmod(importlib.import_module(name)).failed == 0
+    failed, tried = doctest.testmod(importlib.import_module(name))
+    assert failed == 0 and tried > 0
 
 
-EXAMPLES = [
-    "grpo",
-    "dpo",
-    "cache",
-    "metrics",
-    "prompts",
-    "rewards",
-    "tournament",
-    "rating",
-    "stopping",
-    "answers",
-    "formats",
-    "data",
-    "benchmarks",
-    "columns",
-    "bestof",
-    "scaling",
-    "contest",
-]
-
-
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_worked_examples_are_there(name):
-    assert doctest.testmod(importlib.import_module(f"nanorrm.{name}")).attempted > 0
+def test_worked_examples_are_not_lost():
+    texts = [MODULES[name].read_text("utf-8") for name in WITH_EXAMPLES]
+    assert sum(len(re.findall(r"^ *>>> ", text, re.MULTILINE)) for text in texts) >= 106
 
 
 def test_public_names():
@@ -135,6 +160,9 @@ def test_public_names():
         assert getattr(nanorrm, name) is not None
     wanted = "Transformer Engine EngineConfig SamplingParams Completion Pair Judge Verdict"
     assert set(wanted.split()) <= set(nanorrm.__all__)
+
+
+# -- imports
 
 
 def python(code):
@@ -146,19 +174,18 @@ def python(code):
 
 
 def test_everything_imports_and_runs_without_triton():
+    modules = [name for name in MODULES if not name.startswith("experiments")]
     print(
-        python("""
+        python(f"""
 import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "triton":
             raise ImportError("no triton here")
 sys.meta_path.insert(0, Blocked())
-import importlib, pkgutil, torch, nanorrm, kernels
-for package in (nanorrm, kernels):
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(package.__name__ + "." + module.name)
-import train
+import importlib, torch
+for name in {modules}:
+    importlib.import_module(name)
 from nanorrm import Engine, SamplingParams, EngineConfig
 engine = Engine.from_pretrained("toy", EngineConfig(num_blocks=64))
 prompt = engine.tokenizer.encode_template("!7+8-5\\n<think>")
@@ -183,17 +210,3 @@ assert model(ids).logits.shape == (1, 3, 50)
 assert model.generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 5)
 assert kernels.logprob and kernels.rms_norm
 """)
-
-
-def test_files_import_only_what_stands_above_them():
-    """The order is the one that docs/ARCHITECTURE.md shows."""
-    text = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
-    block = text[text.index("    kernels | config") :].partition("\n\n")[0]
-    order = block.split("|")[1].split()
-    files = {path.stem: path for path in (ROOT / "nanorrm").glob("*.py")}
-    benches = {name for name in files if name.startswith("bench_") and name not in order}
-    assert sorted(order) == sorted(set(files) - {"__init__"} - benches)
-    place = {f"nanorrm.{name}": i for i, name in enumerate(order)}
-    for name in order:
-        above = [place[module] for module in imported(files[name]) if module in place]
-        assert all(i < place[f"nanorrm.{name}"] for i in above), name

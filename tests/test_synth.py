@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanorrm import synth, toy
-from nanorrm.backends import ReplayBackend
+from nanorrm import synth
 from nanorrm.config import UserError
-from nanorrm.data import read_pairs
-from nanorrm.judge import Judge
+from nanorrm.data import toy
+from nanorrm.data.read import read_pairs
+from nanorrm.judge.backends import ReplayBackend
+from nanorrm.judge.judge import Judge
 from nanorrm.synth import Question, check, pair_of, question_prompt, read_questions, response_of
 
 

@@ -7,9 +7,10 @@ import tokenizers
 import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
-from nanorrm.config import EngineConfig, ModelConfig
-from nanorrm.engine import Engine
-from nanorrm.model import Transformer
+from nanorrm.config import EngineConfig
+from nanorrm.engine.engine import Engine
+from nanorrm.model.architectures import ModelConfig
+from nanorrm.model.transformer import Transformer
 
 END_IDS = [260, 11, 33, 55, 77, 99, 121, 143]  # many, so that random models stop now and then
 

@@ -7,12 +7,13 @@ become whole groups again, compete as in `train.py policy`, and go back in the o
 import time
 import warnings
 
-from nanorrm import dist
+from nanorrm import ranks
 from nanorrm.config import UserError, one_of
-from nanorrm.contest import Referee, earned
-from nanorrm.prompts import NO_ANSWER
-from nanorrm.queries import Query
-from nanorrm.tokenizer import END_THINK, THINK
+from nanorrm.judge.verdict import NO_ANSWER
+from nanorrm.model.tokenizer import END_THINK, THINK
+from nanorrm.rank.referee import Referee
+from nanorrm.records import Query
+from nanorrm.train.rewards import earned
 
 
 class GroupReward:
@@ -52,8 +53,8 @@ class GroupReward:
         self.calls += 1
         began = time.perf_counter()
         mine = list(zip(queries, answers))
-        share = dist.gathered(mine)
-        start = sum(map(len, share[: dist.rank()]))
+        share = ranks.gathered(mine)
+        start = sum(map(len, share[: ranks.rank()]))
         groups = {}  # a query as text -> (the query, the places of its responses)
         everything = [item for part in share for item in part]
         for place, (query, _) in enumerate(everything):
@@ -64,9 +65,9 @@ class GroupReward:
                     f"one response to {str(query)[:80]!r}: a judge of pairs needs a group of at "
                     "least 2 in every batch (num_generations in TRL, rollout.n in verl)"
                 )
-        turn = list(groups.values())[dist.rank() :: dist.world_size()]
+        turn = list(groups.values())[ranks.rank() :: ranks.world_size()]
         earned_here, failures = self.judged(turn, everything)
-        found = dist.merged(earned_here)
+        found = ranks.merged(earned_here)
         costs = self.referee.report() | {"judge/failures": failures}
         costs["judge/seconds"] = time.perf_counter() - began
         return [found[start + i] for i in range(len(mine))], costs

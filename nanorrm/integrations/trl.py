@@ -9,10 +9,10 @@ data set's columns; one number for each completion; `log_metric` where the train
 
 import asyncio
 
-from nanorrm import dist
+from nanorrm import ranks
 from nanorrm.config import UserError
 from nanorrm.integrations.group_reward import GroupReward, answer_of
-from nanorrm.prompts import NO_ANSWER
+from nanorrm.judge.verdict import NO_ANSWER
 
 
 def group_reward(
@@ -31,7 +31,7 @@ def group_reward(
     """
     reward = GroupReward(judge, **how)
 
-    if background and dist.world_size() > 1:
+    if background and ranks.world_size() > 1:
         raise UserError("background: groups are gathered from several processes, not in a thread")
 
     def rrm(prompts, completions, completion_ids=None, log_metric=None, **columns):

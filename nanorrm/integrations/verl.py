@@ -16,7 +16,7 @@ from functools import cache
 
 from nanorrm.config import JudgeSettings, UserError
 from nanorrm.integrations.group_reward import GroupReward, answer_of
-from nanorrm.judge import open_judge
+from nanorrm.judge.open import open_judge
 
 QUERY_KEYS = ("question", "query", "prompt", "problem")  # of extra_info, the first that is there
 RATING_KEYS = ("rating", "opponents", "on_failure")

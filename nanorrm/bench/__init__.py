@@ -1,0 +1,1 @@
+"""Speed and memory: the engine, the judge and a training step beside their peers."""

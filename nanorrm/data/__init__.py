@@ -1,0 +1,1 @@
+"""What is read: files of comparisons and queries, the embedded world, answers."""

@@ -1,0 +1,297 @@
+"""Rows of data files (jsonl, json, parquet) and what their columns mean.
+
+Public sets name the same things differently. `LAYOUTS` lists the known ones; for a file that is
+none of them, the error proposes a mapping by looking at its names and contents.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from itertools import permutations
+from pathlib import Path
+
+from nanorrm.config import UserError
+
+# Column names of comparisons; chosen / rejected stand for a / b where the better one comes first.
+# All may be text or messages; responses that are messages begin with the prompt.
+LAYOUTS = [
+    {"query": "query", "a": "a", "b": "b", "label": "label"},  # nanorrm's own
+    {"query": "input", "a": "output_1", "b": "output_2", "label": "label"},  # LLMBar
+    {"query": "question", "a": "response_A", "b": "response_B", "label": "label"},  # JudgeBench
+    {"query": "prompt", "chosen": "chosen", "rejected": "rejected"},  # RewardBench, UltraFeedback
+    {"chosen": "chosen", "rejected": "rejected"},  # Skywork-Reward-Preference
+]
+PANDALM = ("instruction", "input", "response1", "response2", "annotator1")
+ROLES = ("query", "a", "b", "label", "chosen", "rejected", "responses", "truth", "id", "source")
+IDS = ("id", "question_id", "prompt_id", "pair_id")
+LABELS = {
+    "1": 1,
+    "2": 2,
+    "1.0": 1,
+    "2.0": 2,
+    "A": 1,
+    "B": 2,
+    "A>B": 1,
+    "B>A": 2,
+    "A=B": None,
+    "tie": None,
+}
+
+# what a mapping is guessed from: words of names, the likelier first
+QUERY_WORDS = ("query", "prompt", "question", "instruction", "problem", "input", "task", "user")
+LABEL_WORDS = ("label", "winner", "preference", "preferred", "better", "choice", "gold", "verdict")
+BETTER = [("chosen", "rejected"), ("better", "worse"), ("good", "bad"), ("positive", "negative")]
+BETTER += [("preferred", "rejected"), ("win", "lose"), ("winner", "loser"), ("pos", "neg")]
+SIDES = [("a", "b"), ("1", "2"), ("0", "1"), ("first", "second"), ("left", "right"), ("one", "two")]
+
+
+# -- files -> rows
+
+
+def read_rows(path):
+    """Yield (where, number, record) of each row of a jsonl, json (a list) or parquet file.
+
+    where names the file and the row for error messages; number counts lines or rows from 1, blank
+    lines counted but not yielded. A `*` in the file's name takes all that fit, by name, as the
+    parts of one (number is then text: file:number). Raises UserError at the first row that can't be
+    read.
+    """
+    path = Path(path)
+    if "*" in path.name:
+        files = sorted(path.parent.glob(path.name))
+        if not files:
+            raise UserError(f"{path}: no file fits")
+        for file in files:
+            for where, number, record in read_rows(file):
+                yield where, f"{file.stem}:{number}", record
+        return
+    try:
+        if path.suffix == ".parquet":
+            yield from parquet_rows(path)
+        elif path.suffix == ".json" and (text := path.read_text("utf-8-sig")).lstrip()[:1] == "[":
+            for n, record in enumerate(parse(text, path), 1):
+                yield f"{path}, row {n}", n, record
+        else:
+            # newline="\n": U+2028 and a lone \r inside a text are no line ends
+            with open(path, encoding="utf-8-sig", newline="\n") as lines:
+                for n, line in enumerate(lines, 1):
+                    if line.strip():
+                        where = f"{path}, line {n}"
+                        yield where, n, parse(line, where)
+    except OSError as error:
+        raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error})") from None
+
+
+def parse(text, where):
+    """json.loads, or a UserError that says where."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
+
+
+def parquet_rows(path):
+    """Yield (where, number, record) of each row of a parquet file."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f"{path}: reading parquet needs pyarrow (pip install pyarrow)") from None
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", number, record
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path}: not readable as parquet ({error})") from None
+
+
+# -- cells -> text, messages
+
+
+def as_text(value, where):
+    """A cell given as text or number -> text."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise UserError(f"{where} should be text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where} holds half a character (a lone surrogate)") from None
+    return value
+
+
+def as_messages(value, where):
+    """A list of messages with nothing in them but role and content."""
+    for message in value or [None]:
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+            raise UserError(f"{where}: messages should be objects with a text 'content'")
+    return [
+        {"role": str(m.get("role", "user")), "content": as_text(m["content"], where)} for m in value
+    ]
+
+
+def as_query(value, where):
+    """A query given as text or messages; one user message (and an empty system) is its text."""
+    if not isinstance(value, list):
+        return as_text(value, where)
+    messages = as_messages(value, where)
+    told = [m for m in messages if m["role"] != "system" or m["content"].strip()]
+    return told[0]["content"] if len(told) == 1 and told[0]["role"] == "user" else messages
+
+
+def as_response(value, where):
+    """A response given as text or as a conversation it ends -> (messages before it, its text)."""
+    if not isinstance(value, list):
+        return [], as_text(value, where)
+    *before, last = as_messages(value, where)
+    if last["role"] != "assistant":
+        raise UserError(f"{where}: messages should end with the assistant's, not {last['role']!r}")
+    return before, last["content"]
+
+
+def as_label(value, where):
+    """1 | 2 | None of a cell: see LABELS; an empty cell is None."""
+    if value is not None and str(value) not in LABELS:
+        raise UserError(f"{where} is {value!r}, should be 1 or 2")
+    return None if value is None else LABELS[str(value)]
+
+
+def id_of(record, number):
+    """A row's own id, else its number."""
+    return next((str(record[name]) for name in IDS if record.get(name) not in (None, "")), number)
+
+
+def pandalm(record):
+    """A row of PandaLM under nanorrm's own names; the label is the majority of the annotators.
+
+    Answers that were `True` or `False` have become JSON booleans in the public file: text again.
+    Instruction and input are joined by a blank line. No majority, or one for a tie, is no label.
+    """
+    votes = [record[name] for name in sorted(record) if re.fullmatch(r"annotator\d+", name)]
+    often = max(votes, key=votes.count)
+    given = [record["instruction"], record["input"]]
+    return {
+        "query": "\n\n".join(text for text in map(str, given) if text.strip()),
+        "a": str(record["response1"]),
+        "b": str(record["response2"]),
+        "label": often if often in (1, 2) and votes.count(often) * 2 > len(votes) else None,
+        "id": record.get("idx"),
+        "source": record.get("cmp_key"),
+        "meta": {"annotators": votes},
+    }
+
+
+# -- which column is what
+
+
+def parse_columns(columns):
+    """ "query=prompt,a=left,b=right" (or a dictionary) -> {"query": "prompt", ...}, or None.
+
+    Raises UserError for a part that is no assignment or names no role (see ROLES).
+    """
+    if not columns:
+        return None
+    if isinstance(columns, str):
+        parts = [part.partition("=") for part in columns.split(",")]
+        columns = {role.strip(): name.strip() if equals else "" for role, equals, name in parts}
+    for role, name in columns.items():
+        if role not in ROLES or not name:
+            raise UserError(
+                f"columns: {role!r} should be ROLE=COLUMN, with a role of {', '.join(ROLES)}"
+            )
+    return columns
+
+
+def layout_of(record, columns=None):
+    """The mapping {role: column} of a comparison that fits a record, or None if none does.
+
+    columns: a mapping given by the user, which is then the only one that counts.
+    """
+    for layout in [columns] if columns else LAYOUTS:
+        needed = [name for role, name in layout.items() if columns or role != "label"]
+        whole = {"query", "a", "b"} <= layout.keys() or {"chosen", "rejected"} <= layout.keys()
+        if whole and all(name in record for name in needed):
+            return layout
+    return None
+
+
+def unknown_columns(record, columns, where, head):
+    """The UserError for a record with no known layout: what it has, what is known, what to try.
+
+    head: the file's first records, from which a mapping is proposed.
+    """
+    for role, name in (columns or {}).items():
+        if name not in record:
+            near = get_close_matches(name, record, 1)
+            hint = f"; did you mean {near[0]}?" if near else f" (it has {', '.join(record)})"
+            return UserError(f"{where}: no column {name!r} for {role}{hint}")
+    known = " or ".join("/".join(names.values()) for names in LAYOUTS) + " or PandaLM's"
+    hint = propose(head) or "query=...,a=...,b=...,label=... or query=...,chosen=...,rejected=..."
+    return UserError(
+        f"{where}: columns {', '.join(record)} are not known (known: {known}); try --columns {hint}"
+    )
+
+
+def words(name):
+    """The words of a column's name, in lower case.
+
+    >>> words("responseA"), words("model_output1"), words("text-B")
+    (['response', 'a'], ['model', 'output', '1'], ['text', 'b'])
+    """
+    return [w.lower() for w in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)]
+
+
+def propose(head):
+    """A mapping to try for records of unknown columns, as --columns takes it; "" for no idea.
+
+    Two text columns that differ in one word (a/b, 1/2, better/worse) are the responses, failing
+    that the two longest; a column with nothing in it but labels is the label.
+
+    >>> rows = [{"instruction": "2+2", "model_1": "4", "model_2": "5", "winner": 1}]
+    >>> propose(rows)
+    'query=instruction,a=model_1,b=model_2,label=winner'
+    """
+    head = [record for record in head if isinstance(record, Mapping)]
+    names = list(dict.fromkeys(name for record in head for name in record))
+    cells = {name: [r[name] for r in head if r.get(name) is not None] for name in names}
+    labels = [n for n in names if cells[n] and all(str(v) in LABELS for v in cells[n])]
+    plain = str | int | float | list
+    texts = [n for n in names if cells[n] and all(isinstance(v, plain) for v in cells[n])]
+    found = response_columns(texts)
+    rest = [name for name in texts if name not in found.values()]
+    queries = [n for w in QUERY_WORDS for n in rest if w in words(n)]
+    if not found:
+        prose = [n for n in rest if n not in labels and n not in queries[:1]]
+        prose.sort(key=lambda n: -sum(len(str(v)) for v in cells[n]) / len(cells[n]))
+        found = dict(zip("ab", sorted(prose[:2], key=names.index)))
+    queries += [name for name in rest if name not in labels]
+    queries = [name for name in queries if name not in found.values()]
+    if len(found) < 2 or not queries:
+        return ""
+    found = {"query": queries[0], **found}
+    labels = [n for n in labels if n not in found.values()]
+    labels.sort(key=lambda n: not set(words(n)) & set(LABEL_WORDS))
+    if labels and "a" in found:
+        found["label"] = labels[0]
+    return ",".join(f"{role}={name}" for role, name in found.items())
+
+
+def response_columns(names):
+    """The two names that differ in one word of a known kind -> {role: name}, or {}."""
+    found = {}
+    for first, second in permutations(names, 2):
+        one, other = words(first), words(second)
+        apart = [pair for pair in zip(one, other) if pair[0] != pair[1]]
+        if len(one) == len(other) and len(apart) == 1:
+            if apart[0] in BETTER:
+                return {"chosen": first, "rejected": second}
+            if apart[0] in SIDES and not found:
+                found = {"a": first, "b": second}
+    return found

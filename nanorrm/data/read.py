@@ -1,0 +1,157 @@
+"""Comparisons: the records `Pair` and `Ranking`, their readers, and what training takes pairs from.
+
+A source is asked for its pairs start to start + n; the answer depends on the seed and these two
+alone, so a resumed run goes on in the middle of an epoch from one saved integer.
+"""
+
+import math
+from dataclasses import replace
+from itertools import chain, islice
+
+from nanorrm.config import UserError
+from nanorrm.data.formats import (
+    PANDALM,
+    as_label,
+    as_query,
+    as_response,
+    as_text,
+    id_of,
+    layout_of,
+    pandalm,
+    parse_columns,
+    read_rows,
+    unknown_columns,
+)
+from nanorrm.records import Pair, Query, Ranking, shuffled
+
+HEAD = 50  # rows from which the columns of an unknown file are guessed
+
+
+def read_pairs(path, columns=None):
+    """Read a file of comparisons (jsonl, json, parquet) -> list of Pair.
+
+    columns: "query=...,a=...,b=...,label=..." (or chosen=, rejected=) for a file whose columns are
+    not known (see formats.LAYOUTS). Where the responses are conversations, the messages before the
+    last are the query, whatever a prompt column says. Of chosen and rejected, a coin by content
+    decides who comes first. Raises UserError naming the file and line at the first that can't be
+    used.
+    """
+    columns, pairs = parse_columns(columns), []
+    rows = read_rows(path)
+    head = list(islice(rows, HEAD))
+    for where, number, record in chain(head, rows):
+        as_object(record, where)
+        if columns is None and record.keys() >= set(PANDALM):
+            record = pandalm(record)
+        layout = layout_of(record, columns)
+        if layout is None:
+            raise unknown_columns(record, columns, where, [row for *_, row in head])
+        pairs.append(pair_from(record, layout, where, str(number)))
+    if not pairs:
+        raise UserError(f"{path}: no comparisons in it")
+    return pairs
+
+
+def pair_from(record, layout, where, number):
+    """One row -> Pair, by a mapping {role: column}. Raises UserError that names what is wrong."""
+    first, second = ("chosen", "rejected") if "chosen" in layout else ("a", "b")
+    names = layout[first], layout[second]
+    (before, a), (other, b) = (as_response(record[n], f"{where}: {n}") for n in names)
+    if before != other:
+        raise UserError(f"{where}: {names[0]} and {names[1]} begin with different prompts")
+    if not before and "query" not in layout:
+        raise UserError(f"{where}: no prompt: no column for it, none in {names[0]}'s messages")
+    column = "" if before else layout["query"]
+    query = as_query(before or record[column], f"{where}: {column or names[0]}")
+    pair = Pair(query, a, b, **about(record, layout, number))
+    if first == "chosen":
+        return shuffled(replace(pair, label=1))
+    label = layout.get("label", "label")
+    return replace(pair, label=as_label(record.get(label), f"{where}: {label}"))
+
+
+def read_rankings(path, columns=None):
+    """Read a file of queries with several responses each -> list of Ranking.
+
+    Columns are query, responses (a list of texts) and, if known, truth (a number or bool for each);
+    or those of PPE's best-of-K: prompt, response_1 to response_K, scores. columns: see read_pairs,
+    with responses= and truth=. Raises UserError naming the file and line.
+    """
+    columns, rankings = parse_columns(columns), []
+    for where, number, record in read_rows(path):
+        as_object(record, where)
+        layout = columns or {"query": "query", "responses": "responses", "truth": "truth"}
+        meta = {}
+        if columns is None and {"prompt", "response_1"} <= record.keys():  # PPE
+            n = next(k for k in range(1, len(record) + 2) if f"response_{k}" not in record)
+            responses = [record[f"response_{k}"] for k in range(1, n)]
+            meta = {k: record[k] for k in ("sampled_conflict_pairs",) if k in record}
+            record = {**record, "responses": responses}
+            layout = {"query": "prompt", "responses": "responses", "truth": "scores"}
+        if not {layout.get("query"), layout.get("responses")} <= record.keys():
+            raise UserError(
+                f"{where}: columns {', '.join(record)} are not known (known: query/responses/truth "
+                "or PPE's); try --columns query=...,responses=...,truth=..."
+            )
+        ranking = ranking_from(record, layout, where, str(number))
+        ranking.meta |= meta
+        rankings.append(ranking)
+    if not rankings:
+        raise UserError(f"{path}: no rankings in it")
+    return rankings
+
+
+def ranking_from(record, layout, where, number):
+    """One row -> Ranking, by a mapping {role: column}."""
+    responses = record[layout["responses"]]
+    if not isinstance(responses, list) or not responses:
+        raise UserError(f"{where}: {layout['responses']} should be a list of texts")
+    texts = [as_text(text, f"{where}: response {i}") for i, text in enumerate(responses, 1)]
+    name = layout.get("truth", "truth")
+    truth = record.get(name)
+    if truth is not None:
+        if not isinstance(truth, list) or len(truth) != len(texts):
+            raise UserError(f"{where}: {name} should be a list of {len(texts)}, one per response")
+        if not all(isinstance(x, bool | int | float) and math.isfinite(x) for x in truth):
+            raise UserError(f"{where}: {name} should hold numbers or true and false")
+    query = as_query(record[layout["query"]], f"{where}: {layout['query']}")
+    return Ranking(query, texts, truth, **about(record, layout, number))
+
+
+def as_object(record, where):
+    """Raise UserError unless a parsed row is an object."""
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: should be an object, not {type(record).__name__}")
+
+
+def about(record, layout, number):
+    """id, source and meta of a row."""
+    source = record.get(layout.get("source", "source")) or record.get("subset") or ""
+    return {
+        "id": str(record[layout["id"]] if "id" in layout else id_of(record, number)),
+        "source": str(source),
+        "meta": record["meta"] if isinstance(record.get("meta"), dict) else {},
+    }
+
+
+COLUMNS = ("query", "prompt", "question", "instruction", "messages")  # the first that is there
+
+
+def read_queries(path):
+    """Read a file (jsonl, json, parquet) with one query (text or messages, see COLUMNS) a row.
+
+    Other columns, responses and labels too, are ignored. Raises UserError naming the file and row
+    at the first one that can't be used.
+    """
+    queries = []
+    for where, _, record in read_rows(path):
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: should be an object, not {type(record).__name__}")
+        column = next((name for name in COLUMNS if name in record), None)
+        if column is None:
+            found = ", ".join(record) or "none"
+            raise UserError(f"{where}: columns {found}; one of {', '.join(COLUMNS)} is wanted")
+        queries.append(Query(as_query(record[column], f"{where}: {column}")))
+    if not queries:
+        raise UserError(f"{path}: no queries in it")
+    return queries

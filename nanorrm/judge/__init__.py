@@ -1,0 +1,1 @@
+"""The judge: prompts, backends that generate, verdicts."""

@@ -1,0 +1,1 @@
+"""What a judge is worth: benchmarks, statistics, scaling, the report."""

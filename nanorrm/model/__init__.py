@@ -1,0 +1,1 @@
+"""The transformer, its folders on disk, its tokenizer."""

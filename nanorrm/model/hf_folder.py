@@ -1,0 +1,251 @@
+"""Hugging Face model folders on disk: read tensor by tensor, written whole or not at all.
+
+A model folder is config.json, model.safetensors (or several with an index), tokenizer.json and
+generation_config.json, as transformers and vLLM read them. Weights go from the memory-mapped files
+straight into the parameters. A folder is written beside its final name and renamed, so that a
+reader never sees a half.
+"""
+
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from nanorrm.config import UserError
+from nanorrm.files import read_json, write_json
+from nanorrm.model.architectures import config_json, listed, parse_config, token_ids
+
+ASSETS = Path(__file__).parents[1] / "assets"
+SHIPPED = {
+    "toy": ASSETS / "toy_base",
+    "toy-judge": ASSETS / "toy_judge",
+    "toy-policy": ASSETS / "toy_policy",
+}
+SINGLE, HEAD, EMBEDDING = "model.safetensors", "lm_head.weight", "model.embed_tokens.weight"
+DTYPES = ("BF16", "F16", "F32", "F64")  # of the tensors that are read, as safetensors call them
+SHARD_BYTES = 5 * 10**9  # weights above this are written in several files
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies and what it is, from its file's header."""
+
+    path: Path
+    shape: tuple
+    dtype: str
+
+
+def resolve_model(name):
+    """A shipped model's name ("toy", "toy-judge") or a folder -> folder."""
+    return SHIPPED.get(str(name), Path(name))
+
+
+def read_config(folder):
+    """config.json (and generation_config.json, which wins for end tokens) -> ModelConfig."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such model folder")
+    config = parse_config(read_json(folder / "config.json"), folder / "config.json")
+    path = folder / "generation_config.json"
+    if path.exists():
+        generation = read_json(path)
+        config.eos_token_id = token_ids(generation, path) or config.eos_token_id
+        config.generation = {k: v for k, v in generation.items() if k != "eos_token_id"}
+    return config
+
+
+# -- weights in
+
+
+def copy(parameter, tensor):
+    """The usual `put` of `fill`: the whole tensor, in the parameter's dtype and on its device."""
+    with torch.no_grad():
+        parameter.copy_(tensor)
+
+
+def fill(model, folder, put=copy):
+    """Put the tensors of a folder into the parameters of a model, one after another.
+
+    The files are memory-mapped. put(parameter, tensor) gets a whole tensor on the CPU in the file's
+    dtype, whose pages are read while it copies, so memory holds the model and one tensor at most.
+    The model's parameters may be shards (of the same full shapes), if `put` takes their part.
+    Raises UserError that lists all files and tensors that do not fit, before any is put.
+    """
+    folder = Path(folder)
+    parameters = dict(model.named_parameters())
+    files, index = weight_files(folder)
+    stored, unread, problems = survey([folder / name for name in files])
+    if model.config.tie_word_embeddings and HEAD in stored:
+        problems += untied(stored)
+        del stored[HEAD]
+    known = [name for name in parameters if folder / index.get(name, SINGLE) not in unread]
+    problems += [f"{name} is missing" for name in known if name not in stored]
+    problems += [f"{name} is not part of this model" for name in stored if name not in parameters]
+    problems += misfits(parameters, stored)
+    if problems:
+        raise UserError(f"{folder}: the weights do not fit config.json: {listed(problems)}")
+    for path in dict.fromkeys(tensor.path for tensor in stored.values()):
+        with mapped(path) as file:
+            for name in file.keys():  # noqa: SIM118
+                if name in stored:
+                    put(parameters[name], file.get_tensor(name))
+
+
+def misfits(parameters, stored):
+    """Stored tensors whose shape or number format is not what a parameter takes, in words."""
+    problems = []
+    for name, (_, shape, dtype) in stored.items():
+        wanted = tuple(parameters[name].shape) if name in parameters else shape
+        if shape != wanted:
+            problems.append(f"{name} has shape {shape}, not {wanted}")
+        elif dtype not in DTYPES:
+            problems.append(f"{name} is stored as {dtype} (only {', '.join(DTYPES)} are read)")
+    return problems
+
+
+def untied(stored):
+    """A head stored beside the embedding it is tied to must equal it: where they differ, some
+    readers take the one and some the other."""
+    with mapped(stored[HEAD].path) as file:
+        head = file.get_tensor(HEAD)
+    if EMBEDDING not in stored:
+        return []
+    with mapped(stored[EMBEDDING].path) as file:
+        same = torch.equal(head, file.get_tensor(EMBEDDING))
+    words = f"{HEAD} differs from {EMBEDDING}, to which config.json ties it (tie_word_embeddings)"
+    return [] if same else [words]
+
+
+@contextmanager
+def mapped(path):
+    """A safetensors file, memory-mapped; one that is missing or damaged is a UserError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def survey(paths):
+    """What weight files hold, from their headers -> {name: Stored}, unreadable paths, problems.
+
+    RoPE's frequencies, which old writers stored, are left out.
+    """
+    stored, unread, problems = {}, set(), []
+    for path in paths:
+        try:
+            with mapped(path) as file:
+                for name in file.keys():  # noqa: SIM118
+                    if name.endswith("rotary_emb.inv_freq"):
+                        continue
+                    if name in stored:
+                        problems.append(f"{name} is in {stored[name].path.name} and {path.name}")
+                    piece = file.get_slice(name)
+                    stored[name] = Stored(path, tuple(piece.get_shape()), piece.get_dtype())
+        except UserError as error:
+            problems.append(str(error))
+            unread.add(path)
+    return stored, unread, problems
+
+
+def weight_files(folder):
+    """The names of the files that hold a folder's weights, and the index {tensor name: file}."""
+    index, single = folder / f"{SINGLE}.index.json", folder / SINGLE
+    if not index.exists():
+        pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+        if pickles and not single.exists():
+            raise UserError(
+                f"{folder}: {pickles[0]} is a pickle, which is not read: save it as safetensors"
+            )
+        return [SINGLE], {}
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"{index}: has no weight_map from tensor names to file names")
+    files = sorted(set(names.values()))
+    if single.exists() and SINGLE not in files:  # readers differ in which they take
+        raise UserError(f"{folder}: has {SINGLE} and an index of other files: remove one of them")
+    return files, names
+
+
+# -- folders out
+
+
+def write_folder(folder, fill):
+    """Make `folder` by calling fill(temporary folder) and renaming it into place.
+
+    An existing folder of that name is replaced only once the new one is whole.
+    """
+    folder = Path(folder)
+    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{x}") for x in ("tmp", "old"))
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        if isinstance(
+            error, (OSError, SafetensorError, RuntimeError)
+        ):  # a full disk is any of them
+            raise UserError(f"{folder}: could not be written ({error})") from None
+        raise
+
+
+def write_model(folder, config, tensors, dtype, tokenizer=None, shard_bytes=SHARD_BYTES):
+    """Write a Hugging Face folder: config, weights, generation settings and, if given, the
+    tokenizer. Weights of more than shard_bytes in `dtype` are written in several files."""
+
+    def write(path):
+        write_json(path / "config.json", config_json(config, str(dtype).removeprefix("torch.")))
+        generation = {**config.generation, "eos_token_id": config.eos_token_id or None}
+        write_json(path / "generation_config.json", generation)
+        write_weights(path, tensors, dtype, shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save(path)
+
+    write_folder(folder, write)
+
+
+def write_weights(folder, tensors, dtype, shard_bytes):
+    """Tensors -> one safetensors file or several with their index, one at a time in memory."""
+    shards = split({name: t.numel() * dtype.itemsize for name, t in tensors.items()}, shard_bytes)
+    index = {}
+    for i, names in enumerate(shards, 1):
+        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE
+        shard = {key: tensors[key].detach().to("cpu", dtype).contiguous() for key in names}
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / name)  # not just the owner's
+        index |= dict.fromkeys(names, name)
+    if len(shards) > 1:
+        size = sum(t.numel() for t in tensors.values()) * dtype.itemsize
+        write_json(
+            folder / f"{SINGLE}.index.json",
+            {"metadata": {"total_size": size}, "weight_map": index},
+        )
+
+
+def split(sizes, limit):
+    """Names in their order -> lists of names, each of `limit` bytes at most or of a single name.
+
+    >>> split({"a": 3, "b": 3, "c": 9, "d": 1}, limit=6)
+    [['a', 'b'], ['c'], ['d']]
+    """
+    shards, room = [], -1
+    for name, size in sizes.items():
+        if size > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= size
+    return shards

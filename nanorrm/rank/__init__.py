@@ -1,0 +1,1 @@
+"""Many responses: tournaments, ratings, the best of N."""

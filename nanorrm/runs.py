@@ -1,0 +1,248 @@
+"""What a run leaves behind: config.json, metrics.jsonl, samples.jsonl, plot.png, one line a step.
+
+A run folder explains itself: settings, versions, device and commit stand in config.json.
+"""
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from nanorrm import ranks
+from nanorrm.config import UserError
+from nanorrm.files import read_json, read_lines, write_text
+
+
+def git_commit():
+    """The commit of the code, with a + where the tree differs from it; None outside git."""
+    here = Path(__file__).parent
+
+    def git(*args):
+        done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, timeout=10)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        commit = git("rev-parse", "--short", "HEAD")
+        return commit and commit + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def surroundings():
+    """Command, versions, device and time: what a result should say about where it comes from."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "command": sys.argv,
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": gpu or f"CPU, {torch.get_num_threads()} threads of {os.cpu_count()} cores",
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+class Run:
+    """A run folder and its logs, written by rank 0. A context manager: it closes the bar."""
+
+    def __init__(self, stage, config):
+        """Choose the folder; `start` makes it. Raises UserError if it is another run's."""
+        self.main = ranks.rank() == 0  # the others keep silent
+        self.folder = ranks.same(run_folder(stage, config) if self.main else None)
+        self.stage = stage
+        self.config = config
+        self.bar = None
+
+    def about(self):
+        """Settings and surroundings of the run."""
+        return {"stage": self.stage, "config": asdict(self.config), **surroundings()}
+
+    def start(self, first, total):
+        """Make the folder and begin the progress bar; called when model and data have loaded.
+
+        Log lines of steps that a resumed run will do again are dropped.
+        """
+        if first > total:
+            raise UserError(f"{self.folder}: is at step {first} already, --steps {total} is less")
+        if not self.main:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.folder / "config.json", json.dumps(self.about(), indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.folder}: can't write there ({error.strerror})") from None
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.folder / name
+            if path.exists():
+                kept = [line for line in read_lines(path) if line["step"] <= first and first]
+                write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.bar = tqdm(total=total, initial=first, unit="step", leave=False, disable=None)
+
+    def log(self, step, metrics, line, quiet=False):
+        """Append metrics to metrics.jsonl and, unless quiet, print one line."""
+        if not self.main:
+            return
+        self.append("metrics.jsonl", {"step": step, **metrics})
+        if not quiet:
+            tqdm.write(f"step {step:4d}  {line}")
+        sys.stdout.flush()
+        self.bar.update(step > 0)
+
+    def append(self, name, record):
+        """One JSON line at the end of a log file of the run."""
+        if not self.main:
+            return
+        with open(self.folder / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def metrics(self):
+        """All that metrics.jsonl holds."""
+        return read_lines(self.folder / "metrics.jsonl")
+
+    def save_model(self, model, tokenizer):
+        """The trained model as a Hugging Face folder."""
+        if self.main:
+            model.save_pretrained(self.folder / "model", tokenizer)
+
+    def plot(self, panels):
+        """plot.png from metrics.jsonl; panels: a function of its rows."""
+        if self.main:
+            title = f"{self.folder.name}: {self.stage}"
+            plot(self.folder / "plot.png", panels(self.metrics()), title)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Interrupt:
+    """Within this context the first Ctrl-C only sets `asked`, for the loop to stop at a good place;
+    a second one interrupts at once."""
+
+    def __enter__(self):
+        self.asked = False
+        self.usual = signal.getsignal(signal.SIGINT)
+        signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def _ask(self, *_):
+        self.asked = True
+        signal.signal(signal.SIGINT, self.usual)
+        tqdm.write("stopping after this step (Ctrl-C again: at once)")
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.usual)
+
+
+def run_folder(stage, config):
+    """Which folder a run writes to."""
+    runs = Path(config.runs)
+    if config.resume and not config.name:
+        found = [folder for folder in runs_of(runs, stage) if checkpoints(folder)]
+        if not found:
+            raise UserError(f"{runs}: no {stage} run with a checkpoint to resume")
+        return found[-1]
+    folder = runs / (config.name or f"{stage}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if config.resume and not checkpoints(folder):
+        raise UserError(f"{folder}: nothing to resume, no checkpoint in it")
+    if not config.resume and (checkpoints(folder) or (folder / "model").exists()):
+        raise UserError(f"{folder}: exists already; --resume continues it, --name makes another")
+    return folder
+
+
+def runs_of(runs, stage):
+    """Run folders of a stage, the last started last."""
+    found = []
+    for path in Path(runs).glob("*/config.json"):
+        try:
+            about = read_json(path)
+        except UserError:
+            continue  # a broken run is no reason to hide the others
+        if about.get("stage") == stage:
+            found.append((about.get("started", ""), path.parent))
+    return [folder for _, folder in sorted(found)]
+
+
+def plot(path, panels, title):
+    """Draw curves under one another into a PNG.
+
+    panels: [(y label, {curve name: [(step, value), ...]}), ...].
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        len(panels), 1, figsize=(7, 2.6 * len(panels)), sharex=True, squeeze=False
+    )
+    for axis, (label, curves) in zip(axes[:, 0], panels):
+        for name, points in curves.items():
+            axis.plot(*zip(*points), label=name, linewidth=1.5)
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+        if len(curves) > 1:
+            axis.legend(fontsize=8, ncols=2)
+    axes[0, 0].set_title(title)
+    axes[-1, 0].set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def checkpoints(run):
+    """The checkpoint folders of a run, oldest first."""
+    found = (path for path in Path(run).glob("checkpoint-*") if path.name[11:].isdigit())
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint):
+    """The step a checkpoint folder is of."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def what_is_saved(run):
+    """In words: the newest checkpoint of a run, and what can be done with it."""
+    found = checkpoints(run)
+    if not found:
+        return "nothing was saved: start again"
+    return f"the last checkpoint is of step {step_of(found[-1])}: continue with --resume"
+
+
+@contextmanager
+def explain(run, cfg):
+    """What ends a training from outside becomes a UserError: what happened, what was saved, what
+    to change."""
+    try:
+        yield
+    except FloatingPointError as error:
+        what = f"{error}: stopped before that step; a lower --learning-rate may help"
+    except torch.OutOfMemoryError as error:
+        what = (
+            f"out of GPU memory ({str(error).partition('. ')[0]}); --micro-tokens below "
+            f"{cfg.micro_tokens or 16384}, a lower --engine.cache-gib, --recompute or "
+            "--release-cache may help"
+        )
+    except OSError as error:
+        what = f"{error.filename or run.folder}: {(error.strerror or str(error)).lower()}"
+    except UserError as error:  # such as a judge's endpoint that is gone
+        what = str(error)
+    else:
+        return
+    raise UserError(f"{what}; {what_is_saved(run.folder)}") from None
+
+
+def interrupted(run, step):
+    """What to say after Ctrl-C."""
+    return f"interrupted: saved at step {step}; --resume --name {run.folder.name} continues"

@@ -1,0 +1,1 @@
+"""Training: rewards, GRPO, DPO, packing, the optimizer's step, training states."""

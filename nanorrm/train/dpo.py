@@ -1,0 +1,116 @@
+"""DPO: a policy from pairs without sampling, as a pure function of four log-probs per pair.
+
+Direct Preference Optimization (arXiv 2305.18290, eq. 7) reads a reward off the policy itself,
+beta * log(policy / reference), and lets the chosen response's exceed the rejected one's.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from nanorrm import ranks
+from nanorrm.config import UserError, one_of
+from nanorrm.train import packing
+
+KINDS = ("sigmoid", "ipo")
+
+
+def dpo_loss(
+    policy_chosen,
+    policy_rejected,
+    ref_chosen,
+    ref_rejected,
+    beta,
+    label_smoothing=0.0,
+    kind="sigmoid",
+):
+    """Losses of B pairs, to be averaged, and the rewards they compare: each [B], rewards detached.
+
+    The four inputs [B] are log-probs of whole responses in nats, summed over their tokens, under
+    the policy (with gradient) and under the frozen reference. With log-ratios policy - reference,
+    h = chosen - rejected of them, and rewards of beta * log-ratio:
+    "sigmoid": -log sigmoid(beta h), or with label_smoothing e, the chance that a label is wrong,
+    -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h) (conservative DPO);
+    "ipo": (h - 1 / (2 beta))^2, which is content with a margin (arXiv 2310.12036, eq. 17); TRL
+    gives it means over each response's tokens instead of sums, on its authors' word: so should you.
+    Raises UserError for settings that make no sense.
+
+    >>> import torch
+    >>> one = torch.tensor([-10.0])  # the policy has come to find the chosen response e^2 times
+    >>> loss, chosen, rejected = dpo_loss(one + 2, one - 1, one, one, beta=0.5)  # as likely,
+    >>> loss, chosen - rejected  # the rejected one 1/e times: -log sigmoid(0.5 * 3)
+    (tensor([0.2014]), tensor([1.5000]))
+    """
+    one_of("kind", kind, KINDS)
+    if not beta > 0:
+        raise UserError(f"beta = {beta} should be above 0")
+    if not 0 <= label_smoothing < 0.5:
+        raise UserError(
+            f"label_smoothing = {label_smoothing} should be from 0 to below 0.5: "
+            "it is the share of labels that are wrong"
+        )
+    if kind == "ipo" and label_smoothing:
+        raise UserError("label_smoothing is the sigmoid loss's: set it to 0 for kind = 'ipo'")
+    chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
+    h = chosen - rejected
+    if kind == "ipo":
+        loss = (h - 1 / (2 * beta)).square()
+    else:
+        right, flipped = F.logsigmoid(beta * h), F.logsigmoid(-beta * h)
+        loss = -(1 - label_smoothing) * right - label_smoothing * flipped
+    return loss, beta * chosen.detach(), beta * rejected.detach()
+
+
+def reference_logprobs(trainer, preferences):
+    """Give every sample of some Preferences the log-probs of its tokens under the current weights,
+    as its values["ref_logp"]. All ranks call it with the same preferences and end alike."""
+    for item in preferences:
+        for sample in item.samples():
+            sample.values["ref_logp"] = [0.0] * len(sample.target)
+    place = {id(item): i for i, item in enumerate(preferences)}
+    dealt = packing.deal(preferences, trainer.micro_tokens, ranks.world_size())[ranks.rank()]
+    found = {}  # number of the preference -> log-probs of its two samples
+    for items in dealt:
+        batch = packing.join(items, trainer.model.device)
+        with torch.no_grad():
+            logp, _ = trainer.logprobs(batch)
+        samples = [sample for item in items for sample in item.samples()]
+        parts = logp.split([len(sample.target) for sample in samples])
+        for i, item in enumerate(items):
+            if id(item) in place:  # an idle copy is not
+                found[place[id(item)]] = [part.tolist() for part in parts[2 * i : 2 * i + 2]]
+    for number, both in ranks.merged(found).items():
+        for sample, logp in zip(preferences[number].samples(), both):
+            sample.values["ref_logp"] = logp
+
+
+def preference_update(trainer, step, preferences, cfg):
+    """One optimizer step of DPO on Preferences with ref_logp. Returns metrics, names as in TRL."""
+    for item in preferences:
+        for sample in item.samples():  # adds up to the pair's share of the batch, 0 if idle
+            share = 1 / len(preferences) / len(sample.target)
+            sample.values["share"] = [share] * len(sample.target)
+    plan = trainer.batches(preferences)
+    for batch in plan:
+        batch.values["sequence"] = batch.sequences()
+
+    def part(values, logp, entropy):
+        own = values["trained"]  # 0 for what the engine wrote itself
+        columns = torch.stack([logp * own, values["ref_logp"] * own, values["share"]], 1)  # [N, 3]
+        size = int(values["sequence"][-1]) + 1
+        sums = columns.new_zeros(size, 3).index_add(0, values["sequence"], columns)
+        (chosen, ref_chosen, share), (rejected, ref_rejected, _) = sums[0::2].T, sums[1::2].T
+        losses, won, lost = dpo_loss(
+            chosen, rejected, ref_chosen, ref_rejected, cfg.beta, cfg.label_smoothing
+        )
+        shown = {
+            "rewards/chosen": won,
+            "rewards/rejected": lost,
+            "rewards/margins": won - lost,
+            "rewards/accuracies": won > lost,
+            "logps/chosen": chosen.detach(),
+            "logps/rejected": rejected.detach(),
+        }
+        means = {name: (value * share.detach()).sum() for name, value in shown.items()}
+        return (losses * share).sum(), means
+
+    return trainer.step(plan, part, trainer.rate(step))

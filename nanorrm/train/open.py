@@ -1,0 +1,45 @@
+"""A stage's weights and engine, opened in the right dtype and sharded where it must be."""
+
+import torch
+
+from nanorrm import ranks
+from nanorrm.engine.engine import Engine
+from nanorrm.model.hf_folder import fill, resolve_model
+from nanorrm.model.tokenizer import Tokenizer
+from nanorrm.model.transformer import Transformer
+
+
+def open_weights(name, cfg, device, train=True):
+    """A model folder -> the Transformer to be trained, or a frozen reference (train=False).
+
+    Weights to be trained are fp32. They are sharded over the ranks where there are several, and
+    where the compute dtype is another (a shard of one: the masters stay beside it); then no rank
+    ever holds more than its parts and one whole tensor.
+    """
+    dtype = compute_dtype(cfg, device)
+    folder = resolve_model(name)
+    stored = torch.float32 if train else dtype
+    if ranks.world_size() > 1 or stored != dtype:
+        model = ranks.shard(Transformer.skeleton(folder, stored), dtype, device)
+        fill(model.materialise(device), folder, ranks.put_part)
+    else:
+        model = Transformer.from_pretrained(folder, stored, device)
+    return model.requires_grad_(train)
+
+
+def compute_dtype(cfg, device):
+    """The dtype of forward and backward passes, and of the engine."""
+    name = cfg.dtype
+    if name == "auto":
+        name = "bfloat16" if torch.device(device).type == "cuda" else "float32"
+    return getattr(torch, name)
+
+
+def open_engine(cfg, model, device):
+    """The engine that samples from `model`: its weights themselves, or a copy where the model is
+    sharded (which `Engine.sync` brings up to date)."""
+    tokenizer = Tokenizer.from_pretrained(resolve_model(cfg.model))
+    if ranks.is_sharded(model):
+        folder, dtype = resolve_model(cfg.model), compute_dtype(cfg, device)
+        model = Transformer.from_pretrained(folder, dtype, device).requires_grad_(False)
+    return Engine(model, tokenizer, cfg.engine)

@@ -1,0 +1,102 @@
+"""A policy at work: queries in, responses out, and what of a response a judge gets to see.
+
+The judge sees answers, not how they were found: the thinking is cut, an answer that was never
+reached is "[NO ANSWER]", and of a long one only the end is kept (as in the released code of the
+paper's authors).
+"""
+
+from nanorrm import ranks
+from nanorrm.config import UserError
+from nanorrm.engine.sampling import SamplingParams, seeds_apart
+from nanorrm.judge import prompts, verdict
+from nanorrm.model.tokenizer import END_THINK, THINK
+
+
+class Policy:
+    """A prompt, settings of decoding, and an engine that generates.
+
+    backend: an Engine; keep_tokens: how many of an answer's tokens, its last, are kept (0: all);
+    release: give the memory of the engine's cache back after each use.
+    """
+
+    def __init__(
+        self,
+        backend,
+        temperature=1.0,
+        max_tokens=1024,
+        max_think_tokens=None,
+        keep_tokens=0,
+        release=False,
+    ):
+        self.backend, self.keep_tokens, self.release = backend, keep_tokens, release
+        self.decoding = {
+            "temperature": temperature,
+            "max_tokens": max_tokens,
+            "max_think_tokens": max_think_tokens,
+        }
+        self.template = prompts.template_of(backend.tokenizer)
+
+    def prompt(self, query):
+        """Prompt ids of a query (text or messages): the toy's, or the chat template's."""
+        tokenizer = self.backend.tokenizer
+        if self.template != "toy":
+            turns = [{"role": "user", "content": query}] if isinstance(query, str) else query
+            return tokenizer.chat(turns)
+        if not isinstance(query, str):
+            raise UserError("the toy policy can't read a conversation of several turns")
+        ids = tokenizer.encode(prompts.toy_solve(query).removesuffix(THINK))
+        return ids + tokenizer.encode_template(THINK)
+
+    def refusal(self, query):
+        """Why a query can't be answered, or None."""
+        params = SamplingParams(**self.decoding)
+        try:
+            return self.backend.refusal(self.prompt(query), params) and "too long"
+        except UserError as error:
+            return str(error)
+
+    def respond(self, queries, n=1, seed=0, logprobs=True):
+        """n responses to each of P queries -> (prompt ids [P], Completions [P][n])."""
+        questions = [self.prompt(query.text) for query in queries]
+        params = SamplingParams(n=n, seed=seed, logprobs=logprobs, **self.decoding)
+        groups = self.backend.generate(questions, seeds_apart(params, questions))
+        if self.release:
+            self.backend.sleep()
+        return questions, groups
+
+    def answer(self, question, completion):
+        """What a judge is shown of a response: see the top of this file. question: prompt ids."""
+        text = completion.text
+        _, closed, after = text.rpartition(END_THINK)
+        thought = THINK in text or self.opens_thinking(question)
+        if completion.finish_reason != "stop" or (thought and not closed):
+            return verdict.NO_ANSWER
+        return last_tokens(self.backend.tokenizer, after.strip(), self.keep_tokens)
+
+    def answers(self, questions, groups):
+        """`answer` of all responses: [P] and [P][n] -> texts [P][n]."""
+        return [[self.answer(q, c) for c in group] for q, group in zip(questions, groups)]
+
+    def opens_thinking(self, question):
+        """Whether a prompt (ids) ends inside an opened thought."""
+        begin, end = self.backend.tokenizer.think_ids
+        last = next((token for token in reversed(question) if token in (begin, end)), None)
+        return last is not None and last == begin
+
+
+def last_tokens(tokenizer, text, n):
+    """The end of a text, n tokens of it; all of it if n is 0 or it is not longer."""
+    ids = tokenizer.encode(text) if n else []
+    return tokenizer.decode(ids[-n:]) if len(ids) > n else text
+
+
+def open_policy(cfg, engine):
+    """The Policy of a TaughtConfig, its work shared by all ranks."""
+    return Policy(
+        ranks.Dealt(engine),
+        cfg.temperature,
+        cfg.max_tokens,
+        cfg.max_think_tokens,
+        cfg.keep_tokens,
+        cfg.release_cache,
+    )

@@ -1,0 +1,131 @@
+"""Responses to one query compete and a judge decides: rewards, labels, and the best of several.
+
+A judge that compares pairs becomes a reward in three steps: who meets whom (`tournament`), what the
+judge says of each match (`Referee`), and what the matches make of each response (`rewards`). The
+same referee labels pairs for DPO and picks the best of N.
+"""
+
+from collections import Counter
+from random import Random
+
+from nanorrm.judge.verdict import NO_ANSWER
+from nanorrm.measure.statistics import difference, wilson
+from nanorrm.rank.tournament import knockout
+from nanorrm.train.curves import accuracy
+
+ANCHOR_SEED, EVAL_SEED = 2**32, 2**32 + 1  # of held-out responses, always the same; apart
+
+
+class Watch:
+    """Held-out queries, by which a policy in training is watched from its start on.
+
+    cfg: TaughtConfig; start: what `start` held when a resumed run began, else the policy is now at
+    its start: one answer to each query, the anchors, and its `best_of`.
+    """
+
+    def __init__(self, policy, referee, source, cfg, start=None):
+        self.policy, self.referee, self.cfg = policy, referee, cfg
+        self.queries = source.held_out(cfg.eval_prompts)
+        self.start = start or {"anchors": self._answers(ANCHOR_SEED)[1], "before": self._best_of()}
+
+    def standing(self):
+        """One response to each query, against its anchor: metrics.
+
+        A win rate that rises while the accuracy does not, or while responses grow and grow, says
+        that the policy has learnt to please the judge.
+        """
+        if not self.queries:
+            return {}
+        responses, answers = self._answers(EVAL_SEED)
+        pairs = list(zip(answers, self.start["anchors"]))
+        better = self.referee.prefer([query.text for query in self.queries], pairs)
+        n = len(answers)
+        return {
+            **accuracy("eval/accuracy", self.queries, [[answer] for answer in answers]),
+            "eval/win_rate": (better.count(0) + 0.5 * better.count(None)) / n,
+            "eval/mean_length": sum(len(r.ids) for r in responses) / n,
+            "eval/no_answer_ratio": answers.count(NO_ANSWER) / n,
+        }
+
+    def exam(self):
+        """`compared` with the start; {} if no truth is known."""
+        return compared(self.start["before"], self._best_of())
+
+    def _answers(self, seed):
+        groups, answers = respond(self.policy, self.queries, seed=seed)
+        return [group[0] for group in groups], [group[0] for group in answers]
+
+    def _best_of(self):
+        cfg = self.cfg
+        return best_of(self.policy, self.referee, self.queries, cfg.best_of, cfg.seed)
+
+
+def respond(policy, queries, n=1, seed=0):
+    """n responses to each of P queries -> Completions [P][n], answers [P][n]; not for training."""
+    questions, groups = policy.respond(queries, n, seed, logprobs=False)
+    return groups, policy.answers(questions, groups)
+
+
+# -- the best of N
+
+
+def best_of(policy, referee, queries, n, seed=0):
+    """n responses to each query whose truth is known, and four ways to end with one of them.
+
+    Returns {way: [right or not, a number per query]}: "one" sample (its mean over the n),
+    "majority" of the answers, the judge's "knockout", and "any" that is right, the limit. {} if n
+    is 0 or no truth is known.
+    """
+    queries = [query for query in queries if query.truth is not None]
+    if not queries or not n:
+        return {}
+    _, answers = respond(policy, queries, n, seed)
+    rng = Random(f"best of:{seed}")
+    brackets = [knockout(n, rng) for _ in queries]
+    results = referee.play([query.text for query in queries], answers, brackets, False, seed)
+    ways = {"one": [], "majority": [], "knockout": [], "any": []}
+    for query, group, result in zip(queries, answers, results):
+        right = [text == query.truth for text in group]
+        ways["one"].append(sum(right) / n)
+        ways["majority"].append(float(majority(group) == query.truth))
+        ways["knockout"].append(float(right[result.champion]))
+        ways["any"].append(float(any(right)))
+    return ways
+
+
+def majority(texts):
+    """The most frequent of some answers, the first of equally frequent ones, or None without any.
+
+    >>> majority(["7", NO_ANSWER, NO_ANSWER, "8", "8"])
+    '8'
+    """
+    counts = Counter(text for text in texts if text != NO_ANSWER)
+    return max(counts, key=counts.get) if counts else None
+
+
+def compared(before, after):
+    """Two results of `best_of` -> {line: [mean, low, high]}, with 95% intervals.
+
+    Means with Wilson's interval; then differences, paired by query, with the normal one: what
+    training gained for one sample, and a knockout over one sample and over the majority.
+    """
+    if not before:
+        return {}
+    lines = {}
+    for when, ways in (("before", before), ("after", after)):
+        for way, scores in ways.items():
+            low, high = wilson(sum(scores), len(scores))
+            lines[f"{when}: {way}"] = [sum(scores) / len(scores), low, high]
+    lines["gain of one"] = difference(after["one"], before["one"])
+    for way in ("one", "majority"):
+        lines[f"before: knockout - {way}"] = difference(before["knockout"], before[way])
+    return lines
+
+
+def exam_text(lines):
+    """What `compared` says, as a table."""
+    rows = [
+        f"{name:28s} {mean:6.1%} [{low:6.1%}, {high:6.1%}]"
+        for name, (mean, low, high) in lines.items()
+    ]
+    return "\n".join(["right answers to held-out queries [95%]", *rows] if rows else [])

@@ -1,0 +1,155 @@
+"""The engine's bookkeeping driven at random: nothing leaks, nothing is owned twice, all finish.
+
+The model is a stand-in whose hidden states mean nothing, so that thousands of steps are quick.
+"""
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from nanorrm.config import EngineConfig
+from nanorrm.data import toy
+from nanorrm.engine.engine import Engine
+from nanorrm.engine.sampling import SamplingParams
+
+TOKENIZER = toy.make_tokenizer()
+
+
+class Dice:
+    """A model of one layer that writes each token's id into the cache and reads nothing."""
+
+    def __init__(self):
+        self.config = SimpleNamespace(
+            vocab_size=261, num_hidden_layers=1, num_key_value_heads=1, head_dim=1,
+            max_position_embeddings=256, eos_token_id=[260, *range(8)],
+        )  # fmt: skip
+        self.device = torch.device("cpu")
+        self.head = torch.randn(261, 2, generator=torch.Generator().manual_seed(0))
+        self.writes = Counter()  # slot -> times written since last looked at
+
+    def parameters(self):
+        return [self.head]
+
+    def forward_cached(self, ids, cache, positions, slots, decode=None, prefill=None):
+        self.writes.update(slots.tolist())
+        cache[0].view(-1)[slots] = ids.float()
+        return torch.stack((ids.float().sin(), positions.float().cos()), 1)
+
+
+def check(engine):
+    """Every block is owned by exactly those sequences that list it; the rest is idle or empty."""
+    pool, size = engine.pool, engine.config.block_size
+    prefilling = [s for group in engine.prefilling for s in group]
+    owners = Counter(b for s in (*prefilling, *engine.rows.sequences) for b in s.blocks)
+    assert pool.owners == [owners[b] for b in range(len(pool))]
+    assert sorted([*pool._empty, *pool._idle]) == [b for b, n in enumerate(pool.owners) if n == 0]
+    assert all(pool.names[b] is not None for b in pool._idle)
+    assert {n: b for b, n in enumerate(pool.names) if n is not None} == pool._found
+    assert len(engine.rows.sequences) == engine.rows.n
+    for row, s in enumerate(engine.rows.sequences):
+        length = int(engine.rows.narrow["length"][row])
+        assert engine.rows.lengths[row] == length
+        assert engine.rows.wide["table"][row, : len(s.blocks)].tolist() == s.blocks
+        assert engine.blocks_for(length - 1) <= len(s.blocks) == engine.rows.held[row]
+        # what the cache holds of this sequence is what was written for it, by whoever wrote it
+        tokens = (s.prompt + engine.rows.written(row)["ids"])[: length - 1]
+        slots = [s.blocks[i // size] * size + i % size for i in range(length - 1)]
+        assert engine.cache[0].view(-1)[slots].long().tolist() == tokens
+
+
+class Scheduling(RuleBasedStateMachine):
+    """Requests come, steps happen, requests are aborted, weights change, all at random."""
+
+    def __init__(self):
+        super().__init__()
+        self.expected, self.finished = {}, Counter()
+
+    @rule(chunked=st.booleans(), prefix=st.booleans(), budget=st.integers(1, 40))
+    @precondition(lambda self: not hasattr(self, "engine"))
+    def start(self, chunked, prefix, budget):
+        config = EngineConfig(
+            block_size=4, num_blocks=24, max_batch=6, max_step_tokens=budget,
+            chunked_prefill=chunked, prefix_cache=prefix,
+        )  # fmt: skip
+        self.engine = Engine(Dice(), TOKENIZER, config)
+
+    @precondition(lambda self: hasattr(self, "engine"))
+    @rule(start=st.integers(0, 2), length=st.integers(1, 60), n=st.integers(1, 5),
+          new=st.integers(1, 30), seed=st.integers(0, 3))  # fmt: skip
+    def add(self, start, length, n, new, seed):
+        prompt = [10 + (start * 50 + i) % 200 for i in range(length)]  # few beginnings: many hits
+        number = self.engine.add(prompt, SamplingParams(n=n, max_tokens=new, seed=seed))
+        self.expected[number] = n
+
+    @precondition(lambda self: hasattr(self, "engine"))
+    @rule(times=st.integers(1, 12))
+    def step(self, times):
+        for _ in range(times):
+            self.take(self.engine.step())
+            check(self.engine)
+
+    @precondition(lambda self: self.expected)
+    @rule(pick=st.integers(0, 10**6))
+    def abort(self, pick):
+        number = sorted(self.expected)[pick % len(self.expected)]
+        self.take(self.engine.abort(number))
+        assert self.finished[number] == self.expected[number]
+
+    @precondition(lambda self: hasattr(self, "engine") and not self.engine.unfinished)
+    @rule()
+    def new_weights(self):
+        self.engine.sync()
+        assert self.engine.pool._found == {}
+
+    def take(self, completions):
+        for request, _, completion in completions:
+            self.finished[request] += 1
+            assert completion.finish_reason in ("stop", "length", "abort")
+            assert len(completion.ids) == len(completion.logprobs) == len(completion.forced)
+
+    @invariant()
+    def bookkeeping(self):
+        if hasattr(self, "engine"):
+            check(self.engine)
+
+    def teardown(self):
+        if hasattr(self, "engine"):
+            for _ in range(3000):
+                if not self.engine.unfinished:
+                    break
+                self.take(self.engine.step())
+            assert self.finished == self.expected  # every sample of every request, once
+            check(self.engine)
+            assert self.engine.pool.free == len(self.engine.pool)
+
+
+TestScheduling = Scheduling.TestCase
+TestScheduling.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+
+
+@pytest.mark.parametrize("chunked", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_ten_thousand_requests_leak_nothing(chunked):
+    """10,000 requests through 64 blocks, some aborted on the way."""
+    config = EngineConfig(
+        block_size=4, num_blocks=64, max_batch=32, max_step_tokens=64, chunked_prefill=chunked
+    )
+    engine = Engine(Dice(), TOKENIZER, config)
+    rng = toy.stream_rng("ten thousand", chunked)
+    done = Counter()
+    for number in range(10_000):
+        prompt = [10 + rng.randrange(4)] * rng.randint(1, 60)
+        engine.add(prompt, SamplingParams(max_tokens=rng.randint(1, 60), seed=number))
+        if rng.random() < 0.05:
+            done.update(r for r, *_ in engine.abort(rng.randint(max(0, number - 20), number)))
+        while len(engine.waiting) > 40:
+            done.update(request for request, *_ in engine.step())
+    while engine.unfinished:
+        done.update(request for request, *_ in engine.step())
+    assert done == Counter(range(10_000))
+    check(engine)
+    assert engine.pool.free == 64 and engine.stats["preemptions"] > 0
