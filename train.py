@@ -41,7 +41,9 @@ def train_judge(cfg, run):
     reference = open_weights(cfg.model, cfg, device, train=False) if cfg.loss.kl else None
     engine = open_engine(cfg, trainer.model, device)
     template = prompts.template_of(engine.tokenizer) if cfg.template == "auto" else cfg.template
-    judge = Judge(ranks.Dealt(engine), template, cfg.temperature, cfg.max_tokens, cfg.think)
+    judge = Judge(
+        ranks.RankSharedEngine(engine), template, cfg.temperature, cfg.max_tokens, cfg.think
+    )
     judge.check_fits()
     source = open_source(cfg, judge)
     held_out = source.held_out(cfg.eval_pairs)

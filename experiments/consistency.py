@@ -18,7 +18,7 @@ from dataclasses import replace
 from unittest.mock import patch
 
 import train
-from experiments.lab import Lab
+from experiments.lab import Comparison
 from nanorrm.cli import run_script
 from nanorrm.config import JudgeConfig
 from nanorrm.measure import metrics
@@ -64,7 +64,7 @@ def evaluate(judge, pairs, budget):
 
 def main():
     config = JudgeConfig(steps=40, prompts=32, eval_every=5)
-    lab = Lab("consistency", __doc__, train.train_judge, config)
+    lab = Comparison("consistency", __doc__, train.train_judge, config)
     for seed in lab.seeds:
         with patch.object(train, "evaluate", evaluate):
             lab.run("default", seed)

@@ -14,7 +14,7 @@ short ones carry over, or does it only take time from the others?
 from unittest.mock import patch
 
 import train
-from experiments.lab import Lab
+from experiments.lab import Comparison
 from nanorrm.cli import run_script
 from nanorrm.config import JudgeConfig
 from nanorrm.data import toy
@@ -37,7 +37,7 @@ def short_first(pairs):
 
 def main():
     config = JudgeConfig(steps=50, prompts=32, eval_every=5)
-    lab = Lab("curriculum", __doc__, train.train_judge, config)
+    lab = Comparison("curriculum", __doc__, train.train_judge, config)
     half = lab.config.prompts * lab.steps // 2
     for seed in lab.seeds:
         lab.run("default", seed)

@@ -13,14 +13,14 @@ which is to be kept up; and at what the four updates do by themselves, beside on
 """
 
 import train
-from experiments.lab import Lab
+from experiments.lab import Comparison
 from nanorrm.cli import run_script
 from nanorrm.config import JudgeConfig, LossConfig
 
 
 def main():
     config = JudgeConfig(steps=40, prompts=32, eval_every=5)
-    lab = Lab("dapo", __doc__, train.train_judge, config)
+    lab = Comparison("dapo", __doc__, train.train_judge, config)
     for seed in lab.seeds:
         lab.run("default", seed)
         lab.run("four updates", seed, mini_prompts=8)

@@ -13,14 +13,14 @@ does not mind.
 """
 
 import train
-from experiments.lab import Lab
+from experiments.lab import Comparison
 from nanorrm.cli import run_script
 from nanorrm.config import JudgeConfig, LossConfig
 
 
 def main():
     config = JudgeConfig(steps=40, prompts=32, eval_every=5)
-    lab = Lab("dr_grpo", __doc__, train.train_judge, config)
+    lab = Comparison("dr_grpo", __doc__, train.train_judge, config)
     for seed in lab.seeds:
         lab.run("default", seed)
         lab.run("no std", seed, scale="none")

@@ -21,7 +21,7 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1)  # every variant runs with each of them
 
 
-class Lab:
+class Comparison:
     """Runs variants of one training, each in a folder under runs/NAME-TIME/, and compares them.
 
     about: the experiment's help text; train(cfg, run): a stage of train.py; config: what all
@@ -76,7 +76,7 @@ def curve(runs, metric):
 
 
 def show(points, how):
-    """A curve in a word: a value (see Lab.report), or the first step that reaches a number.
+    """A curve in a word: a value (see Comparison.report), or the first step that reaches a number.
 
     >>> [show([(0, 0.5), (5, 0.9), (10, 0.7)], how) for how in ("last", "mean", "max", 0.8, 0.95)]
     ['0.7', '0.7', '0.9', '5', 'never']

@@ -16,7 +16,7 @@ which need no truth to be seen.
 from unittest.mock import patch
 
 import train
-from experiments.lab import Lab
+from experiments.lab import Comparison
 from nanorrm.cli import run_script
 from nanorrm.config import JudgeSettings, PolicyConfig
 from nanorrm.judge.judge import Judge
@@ -56,7 +56,7 @@ def longer_wins(length):
 def main():
     judge = JudgeSettings(model="toy-judge", both_orders=False)
     config = PolicyConfig(steps=40, prompts=16, judge=judge, eval_every=5, best_of=0)
-    lab = Lab("length_bias", __doc__, train.train_policy, config)
+    lab = Comparison("length_bias", __doc__, train.train_policy, config)
     for seed in lab.seeds:
         lab.run("default", seed)
         with patch.object(Judge, "compare", longer_wins(len)):

@@ -14,7 +14,7 @@ Look at the steps to 90%, at the entropy, and at how much longer the thinking be
 from unittest.mock import patch
 
 import train
-from experiments.lab import Lab
+from experiments.lab import Comparison
 from nanorrm.cli import run_script
 from nanorrm.config import JudgeConfig
 from nanorrm.train import grpo
@@ -34,7 +34,7 @@ def successes(rewards, scale):
 
 def main():
     config = JudgeConfig(steps=40, prompts=32, eval_every=5)
-    lab = Lab("one_sided", __doc__, train.train_judge, config)
+    lab = Comparison("one_sided", __doc__, train.train_judge, config)
     for seed in lab.seeds:
         lab.run("default", seed)
         with patch.object(grpo, "advantages", mistakes):

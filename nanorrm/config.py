@@ -222,7 +222,7 @@ class JudgeSettings:
 
 
 @dataclass
-class TaughtConfig(RolloutConfig):
+class PolicyRunConfig(RolloutConfig):
     """What the training of a policy by a judge has, whatever the method."""
 
     model: str = "toy-policy"  # folder of the policy to start from; "toy-policy" is the shipped one
@@ -240,7 +240,7 @@ class TaughtConfig(RolloutConfig):
 
 
 @dataclass
-class PolicyConfig(TaughtConfig):
+class PolicyConfig(PolicyRunConfig):
     """Train a policy by GRPO on unlabelled prompts: a judge compares the responses of a group."""
 
     judge: JudgeSettings = field(default_factory=lambda: JudgeSettings(both_orders=False))
@@ -266,7 +266,7 @@ class PolicyConfig(TaughtConfig):
 
 
 @dataclass
-class DpoConfig(TaughtConfig):
+class DpoConfig(PolicyRunConfig):
     """Train a policy by DPO on pairs of responses that a judge has labelled."""
 
     responses: str = "policy"  # whose are judged: the policy's (two per prompt), or the file's

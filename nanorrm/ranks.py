@@ -174,7 +174,7 @@ def generate(engine, prompts, params, progress=None):
     return [results[i] for i in range(len(prompts))]
 
 
-class Dealt:
+class RankSharedEngine:
     """An engine whose `generate` is shared among the ranks; all else is the engine's own."""
 
     def __init__(self, engine):

@@ -216,7 +216,7 @@ def chain_query(rng, terms, held=False):
     return Query(chain.query, str(chain.value), {"terms": terms})
 
 
-class Epochs:
+class Reshuffled:
     """Items in an endless row, shuffled anew for each pass over them."""
 
     def __init__(self, items, seed):
@@ -233,7 +233,7 @@ class Epochs:
         return taken
 
 
-class FileQueries(Epochs):
+class FileQueries(Reshuffled):
     """Queries of a file: equal ones count once, and a share of them is held out by a hash."""
 
     def __init__(self, queries, seed, held_share):

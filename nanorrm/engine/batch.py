@@ -12,7 +12,7 @@ import kernels
 from nanorrm.engine.sampling import draw
 
 
-class Rows:
+class DecodeBatch:
     """Buffers of `capacity` rows. `length` counts prompt and generated tokens of a row."""
 
     def __init__(self, model, tokenizer, cache, block_size, capacity):

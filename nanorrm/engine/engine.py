@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from nanorrm import ranks
 from nanorrm.config import EngineConfig, UserError
-from nanorrm.engine.batch import Rows
+from nanorrm.engine.batch import DecodeBatch
 from nanorrm.engine.cache import BlockPool, block_names
 from nanorrm.engine.graphs import DecodeGraphs
 from nanorrm.engine.sampling import SamplingParams
@@ -271,7 +271,7 @@ class Engine:
         self.cache = tuple(torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in "kv")
         capacity = self.config.max_batch
         size = self.config.block_size
-        self.rows = Rows(self.model, self.tokenizer, self.cache, size, capacity)
+        self.rows = DecodeBatch(self.model, self.tokenizer, self.cache, size, capacity)
         self.graphs = DecodeGraphs(self.rows, self.config)
 
     # -- what runs next

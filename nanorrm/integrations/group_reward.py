@@ -13,7 +13,7 @@ from nanorrm.judge.verdict import NO_ANSWER
 from nanorrm.model.tokenizer import END_THINK, THINK
 from nanorrm.rank.referee import Referee
 from nanorrm.records import Query
-from nanorrm.train.rewards import earned
+from nanorrm.train.rewards import judged_rewards
 
 
 class GroupReward:
@@ -85,7 +85,7 @@ class GroupReward:
             opponents = min(self.opponents, size - 1)
             key = f"{self.seed}:{self.calls}:{size}:{some[0][0]}"
             try:
-                rewards = earned(self.referee, asked, texts, self.rating, opponents, key)
+                rewards = judged_rewards(self.referee, asked, texts, self.rating, opponents, key)
             except UserError as error:
                 if self.on_failure == "raise":
                     raise

@@ -86,11 +86,11 @@ class Referee:
 
 
 def open_referee(cfg):
-    """The Referee of a TaughtConfig's judge, an engine's work shared by all ranks."""
+    """The Referee of a PolicyRunConfig's judge, an engine's work shared by all ranks."""
     judge = open_judge(cfg.judge)
     here = isinstance(judge.backend, EngineBackend)
     if ranks.world_size() > 1 and here:
-        judge.backend = EngineBackend(ranks.Dealt(judge.backend.engine))
+        judge.backend = EngineBackend(ranks.RankSharedEngine(judge.backend.engine))
     if cfg.release_cache:
         judge.backend.sleep()
     how = cfg.judge

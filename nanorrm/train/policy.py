@@ -91,9 +91,9 @@ def last_tokens(tokenizer, text, n):
 
 
 def open_policy(cfg, engine):
-    """The Policy of a TaughtConfig, its work shared by all ranks."""
+    """The Policy of a PolicyRunConfig, its work shared by all ranks."""
     return Policy(
-        ranks.Dealt(engine),
+        ranks.RankSharedEngine(engine),
         cfg.temperature,
         cfg.max_tokens,
         cfg.max_think_tokens,

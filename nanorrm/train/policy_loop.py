@@ -6,32 +6,32 @@ import time
 import torch
 
 from nanorrm import files, ranks
-from nanorrm.data.sources import Epochs, open_queries
+from nanorrm.data.sources import Reshuffled, open_queries
 from nanorrm.rank.referee import open_referee
 from nanorrm.runs import Interrupt, explain, interrupted
 from nanorrm.train import curves, grpo, preferences
 from nanorrm.train.dpo import preference_update, reference_logprobs
 from nanorrm.train.open import open_engine, open_weights
 from nanorrm.train.policy import open_policy
-from nanorrm.train.rewards import earned
+from nanorrm.train.rewards import judged_rewards
 from nanorrm.train.trainer import Trainer
 from nanorrm.train.update import policy_update
-from nanorrm.train.watch import Watch, exam_text
+from nanorrm.train.watch import HeldOut, comparison_text
 
 
 def train_policy(cfg, run):
     """GRPO without labels: the responses to a query compete, and a judge decides their matches."""
-    trainer, engine, policy, referee = open_lesson(cfg)
+    trainer, engine, policy, referee = open_policy_run(cfg)
     device = trainer.model.device
     reference = open_weights(cfg.model, cfg, device, train=False) if cfg.loss.kl else None
     source = open_queries(cfg, policy)
     state = trainer.load(run) if cfg.resume else {}
     start, minutes, cursor = (state.get(name, 0) for name in ("step", "minutes", "cursor"))
     engine.sync(trainer.model)
-    watch = Watch(policy, referee, source, cfg, state.get("watch"))
+    watch = HeldOut(policy, referee, source, cfg, state.get("watch"))
     run.start(start, cfg.steps)
     if start == 0:
-        stats = watch.standing()
+        stats = watch.evaluate()
         run.log(0, stats, curves.policy_line(stats))
 
     with Interrupt() as interrupt, explain(run, cfg):
@@ -49,7 +49,7 @@ def train_policy(cfg, run):
             rolled = time.perf_counter()
 
             # 2. matches in each group, judged -> ratings -> rewards -> advantages
-            graded = earned(referee, queries, answers, cfg.rating, cfg.opponents, seed)
+            graded = judged_rewards(referee, queries, answers, cfg.rating, cfg.opponents, seed)
             rewards = torch.tensor(graded)  # [P, G]
             advantages = grpo.advantages(rewards, cfg.scale)
             work |= referee.report()
@@ -67,7 +67,7 @@ def train_policy(cfg, run):
             stats |= curves.speeds(questions, groups, times) | work
             last = step == cfg.steps or ranks.any_rank(interrupt.asked)
             if step % cfg.eval_every == 0 or last:
-                stats |= watch.standing()
+                stats |= watch.evaluate()
             if step % cfg.sample_every == 0 or step == 1:
                 shown = curves.sample_record(queries[0], groups[0], answers[0], graded[0])
                 run.append("samples.jsonl", {"step": step, **shown})
@@ -79,31 +79,31 @@ def train_policy(cfg, run):
                 break
     if ranks.any_rank(interrupt.asked):
         return interrupted(run, step)
-    return graduate(run, engine, watch)
+    return finish_policy_run(run, engine, watch)
 
 
 def train_dpo(cfg, run):
     """DPO on pairs of responses that a judge has labelled, all before the first step."""
-    trainer, engine, policy, referee = open_lesson(cfg)
+    trainer, engine, policy, referee = open_policy_run(cfg)
     source = open_queries(cfg, policy)
     path = run.folder / "preferences.jsonl"
     if cfg.resume:
         labelled, state = preferences.load(path), trainer.load(run)
         start, minutes = state["step"], state["minutes"]
         engine.sync(trainer.model)
-        watch = Watch(policy, referee, source, cfg, state["watch"])
+        watch = HeldOut(policy, referee, source, cfg, state["watch"])
         run.start(start, cfg.steps)
     else:
         labelled, work = preferences.label_pairs(policy, referee, source, cfg)
         reference_logprobs(trainer, labelled)
-        watch = Watch(policy, referee, source, cfg)
+        watch = HeldOut(policy, referee, source, cfg)
         start = minutes = 0
         run.start(start, cfg.steps)
         if run.main:
             preferences.save(path, labelled)
-        stats = watch.standing()
+        stats = watch.evaluate()
         run.log(0, {**work, **stats}, curves.policy_line(stats))
-    rows = Epochs(labelled, cfg.seed)
+    rows = Reshuffled(labelled, cfg.seed)
 
     with Interrupt() as interrupt, explain(run, cfg):
         for step in range(start + 1, cfg.steps + 1):
@@ -115,7 +115,7 @@ def train_dpo(cfg, run):
             minutes += seconds / 60
             last = step == cfg.steps or ranks.any_rank(interrupt.asked)
             if step % cfg.eval_every == 0 or last:
-                stats |= watch.standing()
+                stats |= watch.evaluate()
             run.log(step, {**stats, "minutes": minutes}, curves.policy_line(stats))
             if step % cfg.save_every == 0 or last:
                 trainer.save(run, step, {"minutes": minutes, "watch": watch.start})
@@ -123,11 +123,11 @@ def train_dpo(cfg, run):
                 break
     if ranks.any_rank(interrupt.asked):
         return interrupted(run, step)
-    return graduate(run, engine, watch)
+    return finish_policy_run(run, engine, watch)
 
 
-def open_lesson(cfg):
-    """(Trainer, its Engine, Policy, Referee) of a TaughtConfig."""
+def open_policy_run(cfg):
+    """(Trainer, its Engine, Policy, Referee) of a PolicyRunConfig."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trainer = Trainer(open_weights(cfg.model, cfg, device), cfg)
     engine = open_engine(cfg, trainer.model, device)
@@ -136,11 +136,11 @@ def open_lesson(cfg):
     return trainer, engine, open_policy(cfg, engine), open_referee(cfg)
 
 
-def graduate(run, engine, watch):
-    """Leave the trained policy, its curves and its exam, which is returned in words too."""
+def finish_policy_run(run, engine, watch):
+    """Leave the trained policy, its curves and how it compares with its start, also in words."""
     run.save_model(engine.model, engine.tokenizer)
     run.plot(curves.policy_panels)
-    lines = watch.exam()
+    lines = watch.compare_with_start()
     if run.main:
         files.write_text(run.folder / "best_of.json", json.dumps(lines, indent=2) + "\n")
-    return exam_text(lines)
+    return comparison_text(lines)

@@ -47,7 +47,7 @@ def group_rewards(n, matches, rating="elo"):
     return [reward_from_elo(r) for r in ratings] if rating == "elo" else ratings
 
 
-def earned(referee, queries, answers, rating, opponents, seed):
+def judged_rewards(referee, queries, answers, rating, opponents, seed):
     """The rewards [P][G] of all responses to P queries; no label is looked at.
 
     answers [P][G] texts; rating: see rewards.group_rewards; opponents: how many of its group each

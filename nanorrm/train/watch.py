@@ -16,11 +16,11 @@ from nanorrm.train.curves import accuracy
 ANCHOR_SEED, EVAL_SEED = 2**32, 2**32 + 1  # of held-out responses, always the same; apart
 
 
-class Watch:
+class HeldOut:
     """Held-out queries, by which a policy in training is watched from its start on.
 
-    cfg: TaughtConfig; start: what `start` held when a resumed run began, else the policy is now at
-    its start: one answer to each query, the anchors, and its `best_of`.
+    cfg: PolicyRunConfig; start: what `start` held when a resumed run began, else the policy is now
+    at its start: one answer to each query, the anchors, and its `best_of`.
     """
 
     def __init__(self, policy, referee, source, cfg, start=None):
@@ -28,7 +28,7 @@ class Watch:
         self.queries = source.held_out(cfg.eval_prompts)
         self.start = start or {"anchors": self._answers(ANCHOR_SEED)[1], "before": self._best_of()}
 
-    def standing(self):
+    def evaluate(self):
         """One response to each query, against its anchor: metrics.
 
         A win rate that rises while the accuracy does not, or while responses grow and grow, says
@@ -47,7 +47,7 @@ class Watch:
             "eval/no_answer_ratio": answers.count(NO_ANSWER) / n,
         }
 
-    def exam(self):
+    def compare_with_start(self):
         """`compared` with the start; {} if no truth is known."""
         return compared(self.start["before"], self._best_of())
 
@@ -122,7 +122,7 @@ def compared(before, after):
     return lines
 
 
-def exam_text(lines):
+def comparison_text(lines):
     """What `compared` says, as a table."""
     rows = [
         f"{name:28s} {mean:6.1%} [{low:6.1%}, {high:6.1%}]"

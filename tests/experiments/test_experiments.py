@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from experiments import consistency, curriculum, length_bias, one_sided
-from experiments.lab import Lab, curve
+from experiments.lab import Comparison, curve
 from nanorrm.config import EngineConfig, JudgeConfig, UserError
 from nanorrm.data.sources import ToySource
 from nanorrm.judge.verdict import NO_ANSWER, Verdict
@@ -27,14 +27,14 @@ FILES = sorted((ROOT / "experiments").glob("*.py"))
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """Experiments of this test are a few prompts wide, and write under tmp_path."""
-    original = Lab.__init__
+    original = Comparison.__init__
 
     def init(lab, name, about, train, config):
         few = {"prompts": 4, "eval_every": 1, "engine": EngineConfig(num_blocks=512)}
         few["eval_pairs" if isinstance(config, JudgeConfig) else "eval_prompts"] = 5
         original(lab, name, about, train, replace(config, **few))
 
-    monkeypatch.setattr(Lab, "__init__", init)
+    monkeypatch.setattr(Comparison, "__init__", init)
     monkeypatch.chdir(tmp_path)
 
 
@@ -128,7 +128,7 @@ def test_the_biased_judge_is_told_how_long_the_thinking_was(monkeypatch):
 
 def lab(monkeypatch, *arguments, train=None):
     monkeypatch.setattr(sys, "argv", ["x", *arguments])
-    return Lab("x", "about", train, JudgeConfig(steps=3))
+    return Comparison("x", "about", train, JudgeConfig(steps=3))
 
 
 def fake_train(last):

@@ -42,7 +42,9 @@ def judged(verdicts):
 def test_whatever_generates_gives_the_same_answers(engine):
     """The engine is heard vote by vote; what shares it among ranks answers in the end."""
     direct = judge(engine).compare(PAIRS[:6], votes=2)
-    assert judged(judge(ranks.Dealt(engine)).compare(PAIRS[:6], votes=2)) == judged(direct)
+    assert judged(judge(ranks.RankSharedEngine(engine)).compare(PAIRS[:6], votes=2)) == judged(
+        direct
+    )
 
 
 def test_engine_backend_passes_on_what_training_uses(engine):
@@ -56,7 +58,7 @@ def test_seconds_of_a_batch_add_up(engine):
     one, began = judge(engine), time.perf_counter()
     verdicts = one.compare(PAIRS[:6], votes=2)
     assert 0 < sum(v.seconds for v in verdicts) <= time.perf_counter() - began
-    verdicts = judge(ranks.Dealt(engine)).compare(PAIRS[:6], votes=2)
+    verdicts = judge(ranks.RankSharedEngine(engine)).compare(PAIRS[:6], votes=2)
     assert all(v.seconds > 0 for v in verdicts)
 
 

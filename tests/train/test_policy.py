@@ -14,7 +14,7 @@ from nanorrm.cli import load_preset
 from nanorrm.config import DpoConfig, PolicyConfig, UserError
 from nanorrm.data import toy
 from nanorrm.data.read import read_queries
-from nanorrm.data.sources import Epochs, FileQueries, ToyQueries
+from nanorrm.data.sources import FileQueries, Reshuffled, ToyQueries
 from nanorrm.engine.engine import Engine
 from nanorrm.judge import endpoint
 from nanorrm.judge.verdict import NO_ANSWER, Verdict, verdict_text
@@ -23,7 +23,7 @@ from nanorrm.rank.referee import Referee
 from nanorrm.records import Query
 from nanorrm.train import curves, watch
 from nanorrm.train.policy import Policy, last_tokens
-from nanorrm.train.rewards import RATERS, earned, group_rewards
+from nanorrm.train.rewards import RATERS, group_rewards, judged_rewards
 from tests.train.test_trainer import torchrun
 
 ROOT = Path(__file__).parents[2]
@@ -131,7 +131,7 @@ ANSWERS = [["4", "5", "4", "3"], ["7", "8", "9", "6"], ["8", "8", "8", "8"]]
 @pytest.mark.parametrize("rating", RATERS)
 def test_right_answers_earn_more_than_wrong_ones(rating):
     referee = Referee(Oracle(RIGHT))
-    rewards = earned(referee, QUERIES, ANSWERS, rating, 3, seed=1)
+    rewards = judged_rewards(referee, QUERIES, ANSWERS, rating, 3, seed=1)
     for query, answers, group in zip(QUERIES, ANSWERS, rewards):
         right = [r for text, r in zip(answers, group) if text == RIGHT[query.text]]
         wrong = [r for text, r in zip(answers, group) if text != RIGHT[query.text]]
@@ -171,7 +171,7 @@ def test_an_unknown_rating_is_named():
 def test_the_referee_counts_add_up():
     judge = Oracle(RIGHT, unreadable=["9"])
     referee = Referee(judge, release=True)
-    earned(referee, QUERIES, ANSWERS, "elo", 3, seed=0)
+    judged_rewards(referee, QUERIES, ANSWERS, "elo", 3, seed=0)
     counts, stats = dict(referee.counts), referee.report()
     assert counts["matches"] == 3 * 4 * 3
     assert counts["matches"] == counts["asked"] + counts["repeated"] + counts["identical"]
@@ -186,7 +186,7 @@ def test_the_referee_counts_add_up():
 
 def test_unreadable_verdicts_are_draws():
     referee = Referee(Oracle(RIGHT, unreadable=["4", "5", "3"]))
-    rewards = earned(referee, QUERIES[:1], ANSWERS[:1], "win_rate", 3, seed=0)
+    rewards = judged_rewards(referee, QUERIES[:1], ANSWERS[:1], "win_rate", 3, seed=0)
     assert rewards == [[0.5] * 4]
 
 
@@ -203,7 +203,7 @@ def test_a_label_changes_nothing(engine):
     """Rewards are of the texts and the judge alone: the truth of a query is not looked at."""
     known = [Query(query.text, "0") for query in QUERIES]
     told, untold = (
-        earned(Referee(Oracle(RIGHT)), queries, ANSWERS, "elo", 2, seed=4)
+        judged_rewards(Referee(Oracle(RIGHT)), queries, ANSWERS, "elo", 2, seed=4)
         for queries in (known, QUERIES)
     )
     assert told == untold
@@ -245,7 +245,7 @@ def test_toy_queries_held_out_are_never_trained_on():
 
 @given(st.integers(1, 30), st.lists(st.integers(1, 12), min_size=1, max_size=8))
 def test_epochs_show_everything_once_each_pass_however_it_is_taken(n, sizes):
-    row, start, taken = Epochs(list(range(n)), seed=5), 0, []
+    row, start, taken = Reshuffled(list(range(n)), seed=5), 0, []
     for size in sizes:
         taken += row.take(start, size)
         start += size
