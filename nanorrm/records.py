@@ -16,6 +16,15 @@ class Pair:
     source: str = ""
     meta: dict = field(default_factory=dict)
 
+    def flipped(self):
+        """The same pair with its responses exchanged."""
+        return replace(self, a=self.b, b=self.a, label=flip(self.label))
+
+
+def flip(side):
+    """1 and 2 exchanged, None as it is: a label or vote when the responses change places."""
+    return side and 3 - side
+
 
 @dataclass
 class Ranking:
@@ -36,9 +45,8 @@ def stable_coin(text):
 
 def shuffled(pair, *key):
     """The pair with its responses in an order that depends on its content and the key alone."""
-    if not stable_coin("\n".join(map(str, (*key, pair.query, pair.a, pair.b)))):
-        return pair
-    return replace(pair, a=pair.b, b=pair.a, label=pair.label and 3 - pair.label)
+    coin = stable_coin("\n".join(map(str, (*key, pair.query, pair.a, pair.b))))
+    return pair.flipped() if coin else pair
 
 
 @dataclass

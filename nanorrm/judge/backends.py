@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from nanorrm.config import UserError
 from nanorrm.engine.engine import Engine
 from nanorrm.judge import journal, prompts, verdict
-from nanorrm.records import Pair
+from nanorrm.records import Pair, flip
 
 
 @dataclass(eq=False)
@@ -121,7 +121,7 @@ class ReplayBackend:
             for order, listed in orders.items():
                 swapped = ("given", "swapped").index(order)
                 for sample, vote in enumerate(listed):
-                    slot = vote and (3 - vote if swapped else vote)
+                    slot = flip(vote) if swapped else vote
                     text = f"</think>{verdict.verdict_text(slot)}" if slot else "</think>"
                     answer = Answer(text, "stop", 0, 0, 0, 0.0)
                     self.recorded[str(pair), bool(swapped), sample] = answer

@@ -12,7 +12,7 @@ from nanorrm.judge import prompts
 from nanorrm.judge.backends import Answer, EngineBackend, Refusal, Request, answer_of, record_of
 from nanorrm.judge.journal import Journal, key_of
 from nanorrm.judge.verdict import Verdict, parse_verdict, thought_of
-from nanorrm.records import Pair
+from nanorrm.records import Pair, flip
 
 
 @dataclass(eq=False)
@@ -207,7 +207,7 @@ class Judge:
             if verdict.skipped:  # it cost something, but the votes are not all there
                 continue
             slot = parse_verdict(answer.text, closed=not self.think)
-            verdict.votes.append(slot and (3 - slot if swapped else slot))
+            verdict.votes.append(flip(slot) if swapped else slot)
             verdict.swapped.append(swapped)
             verdict.thoughts.append(thought_of(answer.text, not self.think))
             verdict.vote_tokens.append(answer.tokens)

@@ -66,6 +66,30 @@ def shares(a, b, room):
     return keep_a, min(b, room - keep_a)
 
 
+def opened(tokenizer, prompt):
+    """Ids of a toy prompt: its text as plain characters, and the mark that opens the thinking."""
+    return tokenizer.encode(prompt.removesuffix(THINK)) + tokenizer.encode_template(THINK)
+
+
+def query_prompt(tokenizer, query):
+    """Prompt ids that ask a model for a response to a query (text or messages): the toy's own form,
+    or the chat template's. Raises UserError for a conversation put to the toy."""
+    if template_of(tokenizer) != "toy":
+        return tokenizer.chat(
+            [{"role": "user", "content": query}] if isinstance(query, str) else query
+        )
+    if not isinstance(query, str):
+        raise UserError("the toy policy can't read a conversation of several turns")
+    return opened(tokenizer, toy_solve(query))
+
+
+def opens_thinking(tokenizer, prompt):
+    """Whether a prompt (ids) ends inside an opened thought."""
+    begin, end = tokenizer.think_ids
+    last = next((token for token in reversed(prompt) if token in (begin, end)), None)
+    return last is not None and last == begin
+
+
 def judge_prompt(tokenizer, query, a, b, template="rrm", think=True):
     """Prompt ids of one comparison, ending inside the opened thinking.
 
@@ -73,8 +97,7 @@ def judge_prompt(tokenizer, query, a, b, template="rrm", think=True):
     once (DirectJudge). Raises UserError for an unknown template.
     """
     if template == "toy":
-        ids = tokenizer.encode(toy_judge(query, a, b).removesuffix(THINK))
-        ids += tokenizer.encode_template(THINK)
+        ids = opened(tokenizer, toy_judge(query, a, b))
     elif template == "rrm":
         ids = tokenizer.chat(rrm_messages(query, a, b))
     else:

@@ -3,7 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from nanorrm.model.tokenizer import END_THINK, THINK
+from nanorrm.model.tokenizer import END_THINK, THINK, after_thinking
+from nanorrm.records import flip
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Verdict:
     @property
     def slots(self):
         """Which slot, Assistant 1 or 2, each vote named."""
-        return [vote and (3 - vote if s else vote) for vote, s in zip(self.votes, self.swapped)]
+        return [flip(vote) if s else vote for vote, s in zip(self.votes, self.swapped)]
 
     def by_order(self):
         """The winner by the votes in the given order and by those in the swapped order."""
@@ -76,11 +77,8 @@ def parse_verdict(text, closed=False):
     >>> parse_verdict(r"</think>\boxed{Assistant 2} or \boxed{both}") is None
     True
     """
-    if not closed:
-        _, found, text = text.rpartition(END_THINK)
-        if not found:
-            return None
-    return {"Assistant 1": 1, "Assistant 2": 2}.get(last_boxed(text))
+    said = text if closed else after_thinking(text, opened=True)
+    return None if said is None else {"Assistant 1": 1, "Assistant 2": 2}.get(last_boxed(said))
 
 
 def last_boxed(text):

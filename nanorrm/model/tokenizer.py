@@ -18,8 +18,6 @@ from nanorrm.config import UserError
 from nanorrm.files import read_json
 
 THINK, END_THINK = "<think>", "</think>"
-
-
 FILES = (  # what a tokenizer may consist of
     "tokenizer.json",
     "tokenizer_config.json",
@@ -184,3 +182,17 @@ def compiled(template):
 def raise_exception(message):
     """What chat templates call when they refuse a conversation."""
     raise jinja2.TemplateError(message)
+
+
+def after_thinking(text, opened=False):
+    """What a completion says once it has thought; None if a thought was opened and never closed.
+
+    opened: the prompt has opened the thinking.
+
+    >>> after_thinking("7+8=15</think> 15", opened=True), after_thinking("15")
+    (' 15', '15')
+    >>> after_thinking("7+8=15", opened=True), after_thinking("<think>7+8")
+    (None, None)
+    """
+    _, closed, after = text.rpartition(END_THINK)
+    return None if not closed and (opened or THINK in text) else after

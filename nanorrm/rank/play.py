@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 
 from nanorrm.rank.rating import win_rate
 from nanorrm.rank.tournament import anchors, run_tournaments
-from nanorrm.records import Pair
+from nanorrm.records import Pair, flip
 
 
 class JudgedPlay:
@@ -56,7 +56,7 @@ class JudgedPlay:
         key = self._key(index, a, b)
         heard = self.heard.get(key)
         if heard and key[1] != self.responses[index][a]:
-            votes = [vote and 3 - vote for vote in heard.votes]
+            votes = [flip(vote) for vote in heard.votes]
             return replace(heard, votes=votes, swapped=[not s for s in heard.swapped])
         return heard
 

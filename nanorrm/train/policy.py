@@ -9,7 +9,7 @@ from nanorrm import ranks
 from nanorrm.config import UserError
 from nanorrm.engine.sampling import SamplingParams, seeds_apart
 from nanorrm.judge import prompts, verdict
-from nanorrm.model.tokenizer import END_THINK, THINK
+from nanorrm.model.tokenizer import after_thinking
 
 
 class Policy:
@@ -34,18 +34,10 @@ class Policy:
             "max_tokens": max_tokens,
             "max_think_tokens": max_think_tokens,
         }
-        self.template = prompts.template_of(backend.tokenizer)
 
     def prompt(self, query):
         """Prompt ids of a query (text or messages): the toy's, or the chat template's."""
-        tokenizer = self.backend.tokenizer
-        if self.template != "toy":
-            turns = [{"role": "user", "content": query}] if isinstance(query, str) else query
-            return tokenizer.chat(turns)
-        if not isinstance(query, str):
-            raise UserError("the toy policy can't read a conversation of several turns")
-        ids = tokenizer.encode(prompts.toy_solve(query).removesuffix(THINK))
-        return ids + tokenizer.encode_template(THINK)
+        return prompts.query_prompt(self.backend.tokenizer, query)
 
     def refusal(self, query):
         """Why a query can't be answered, or None."""
@@ -66,22 +58,15 @@ class Policy:
 
     def answer(self, question, completion):
         """What a judge is shown of a response: see the top of this file. question: prompt ids."""
-        text = completion.text
-        _, closed, after = text.rpartition(END_THINK)
-        thought = THINK in text or self.opens_thinking(question)
-        if completion.finish_reason != "stop" or (thought and not closed):
+        opened = prompts.opens_thinking(self.backend.tokenizer, question)
+        after = after_thinking(completion.text, opened)
+        if completion.finish_reason != "stop" or after is None:
             return verdict.NO_ANSWER
         return last_tokens(self.backend.tokenizer, after.strip(), self.keep_tokens)
 
     def answers(self, questions, groups):
         """`answer` of all responses: [P] and [P][n] -> texts [P][n]."""
         return [[self.answer(q, c) for c in group] for q, group in zip(questions, groups)]
-
-    def opens_thinking(self, question):
-        """Whether a prompt (ids) ends inside an opened thought."""
-        begin, end = self.backend.tokenizer.think_ids
-        last = next((token for token in reversed(question) if token in (begin, end)), None)
-        return last is not None and last == begin
 
 
 def last_tokens(tokenizer, text, n):

@@ -13,6 +13,7 @@ from nanorrm.data.read import read_pairs
 from nanorrm.data.sources import dropped
 from nanorrm.engine.sampling import SamplingParams
 from nanorrm.files import read_lines, write_text
+from nanorrm.judge.prompts import opens_thinking
 from nanorrm.judge.verdict import NO_ANSWER
 from nanorrm.model.tokenizer import END_THINK
 from nanorrm.records import Pair
@@ -46,22 +47,25 @@ def written(policy, pairs):
         except UserError as error:
             why[str(error)] += 1
             continue
-        answers = [text.rpartition(END_THINK)[2].strip() for text in (pair.a, pair.b)]
-        drawn.append((Pair(pair.query, *answers), Preference(*both)))
+        (a, one), (b, other) = both
+        drawn.append((Pair(pair.query, a, b), Preference(one, other)))
     return drawn, why
 
 
 def written_sample(policy, question, text):
-    """A response given as text -> Sample, with the end token. Raises UserError if it can't be."""
+    """A response given as text -> (the answer in it, its Sample with the end token).
+
+    Raises UserError if it can't be.
+    """
     tokenizer, config = policy.backend.tokenizer, policy.backend.model.config
     thought, closed, answer = text.rpartition(END_THINK)
-    if policy.opens_thinking(question) and not closed:
+    if opens_thinking(tokenizer, question) and not closed:
         raise UserError(f"no {END_THINK} in a response, while the prompt opens the thinking")
     ids = tokenizer.encode(thought) + tokenizer.encode_template(closed) + tokenizer.encode(answer)
     ids += config.eos_token_id[:1]
     if policy.backend.refusal(question + ids[:-1], SamplingParams(max_tokens=1)):
         raise UserError("too long")
-    return Sample(question, ids, {"trained": [1.0] * len(ids)})
+    return answer.strip(), Sample(question, ids, {"trained": [1.0] * len(ids)})
 
 
 def label(referee, drawn, seed=0):

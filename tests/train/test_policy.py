@@ -17,6 +17,7 @@ from nanorrm.data.read import read_queries
 from nanorrm.data.sources import FileQueries, Reshuffled, ToyQueries
 from nanorrm.engine.engine import Engine
 from nanorrm.judge import endpoint
+from nanorrm.judge.prompts import opens_thinking
 from nanorrm.judge.verdict import NO_ANSWER, Verdict, verdict_text
 from nanorrm.model.transformer import Transformer
 from nanorrm.rank.referee import Referee
@@ -66,7 +67,7 @@ def test_thinking_is_cut_and_what_never_ended_is_no_answer(engine, text, reason,
 
 def test_without_an_opened_thought_all_of_the_text_is_the_answer(engine):
     policy, plain = Policy(engine), engine.tokenizer.encode("7+8")
-    assert not policy.opens_thinking(plain)
+    assert not opens_thinking(engine.tokenizer, plain)
     assert policy.answer(plain, completion("it is 15")) == "it is 15"
     assert policy.answer(plain, completion("<think>it is 15")) == NO_ANSWER
     closed = policy.prompt("7+8") + engine.tokenizer.encode_template("</think>")
