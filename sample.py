@@ -24,7 +24,7 @@ from nanorrm.data.formats import as_text
 from nanorrm.data.read import read_pairs, read_rankings
 from nanorrm.engine.engine import Engine
 from nanorrm.engine.sampling import SamplingParams
-from nanorrm.engine.stream import live, printable
+from nanorrm.engine.stream import printable, stream
 from nanorrm.judge import prompts
 from nanorrm.judge.open import open_judge
 from nanorrm.measure import results
@@ -176,7 +176,7 @@ def generate(cfg):
         n=cfg.n, temperature=cfg.temperature, top_p=cfg.top_p, max_tokens=cfg.max_tokens,
         max_think_tokens=cfg.max_think_tokens, seed=cfg.seed, logprobs=False,
     )  # fmt: skip
-    with streaming(cfg, engine) if cfg.json else live(engine, sys.stdout):
+    with streaming(cfg, engine) if cfg.json else stream(engine, sys.stdout):
         completions = engine.generate([prompt], params)[0]
     for number, completion in enumerate(completions, 1):
         if cfg.json:
@@ -222,7 +222,7 @@ def read_candidates(cfg):
 
 def streaming(cfg, engine):
     """Shows the thinking on stderr meanwhile, if that is wanted."""
-    return live(engine) if cfg.stream else nullcontext()
+    return stream(engine) if cfg.stream else nullcontext()
 
 
 # -- in words

@@ -12,14 +12,8 @@ import sys
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-
-from nanorrm.config import UserError
 
 
 def init(single=False):
@@ -133,7 +127,7 @@ def shard(model, dtype, device=None):
 
 
 def put_part(parameter, tensor):
-    """Copy this rank's part of a whole tensor into a sharded parameter (see checkpoint.fill)."""
+    """Copy this rank's part of a whole tensor into a sharded parameter (see hf_folder.fill)."""
     here = parameter.to_local()
     parts = tensor.chunk(world_size())  # along the first dimension, as FSDP cuts
     if rank() < len(parts):
@@ -154,35 +148,32 @@ def whole(tensor):
 # -- shared rollouts
 
 
-def generate(engine, prompts, params, progress=None):
-    """`engine.generate` with the prompts dealt out, longest first; every rank gets all results.
-
-    All ranks must call it with the same prompts and params (SamplingParams, or one per prompt).
-    """
-    if world_size() == 1:
-        return engine.generate(prompts, params, progress)
-    each = params if isinstance(params, list) else [params] * len(prompts)
-    for i, (prompt, p) in enumerate(zip(prompts, each)):  # on every rank, or the others would wait
-        if refusal := engine.refusal(prompt, p):
-            raise UserError(f"request {i}: {refusal}")
-    cost = [len(p) + q.n * q.max_tokens for p, q in zip(prompts, each)]
-    order = sorted(range(len(prompts)), key=lambda i: -cost[i])
-    mine = order[rank() :: world_size()]
-    bar = progress if rank() == 0 else None
-    done = engine.generate([prompts[i] for i in mine], [each[i] for i in mine], bar)
-    results = merged(dict(zip(mine, done)))
-    return [results[i] for i in range(len(prompts))]
-
-
 class RankSharedEngine:
-    """An engine whose `generate` is shared among the ranks; all else is the engine's own."""
+    """An Engine whose `generate` is shared among the ranks; all else it passes on unchanged."""
 
     def __init__(self, engine):
         self.engine = engine
+        self.model, self.tokenizer, self.config = engine.model, engine.tokenizer, engine.config
+        self.refusal, self.report, self.sync = engine.refusal, engine.report, engine.sync
+        self.sleep, self.wake = engine.sleep, engine.wake
 
-    def __getattr__(self, name):
-        return getattr(self.engine, name)
+    def generate(self, prompts, params=None, progress=None, on_done=None):
+        """As Engine.generate, the prompts dealt out longest first; every rank gets all results.
 
-    def generate(self, prompts, params=None, progress=None):
-        """As Engine.generate; all ranks call it alike and get all results."""
-        return generate(self.engine, prompts, params, progress)
+        All ranks call it alike. on_done is called on each, with several when all is done.
+        """
+        if world_size() == 1:
+            return self.engine.generate(prompts, params, progress, on_done)
+        each = self.engine.params_for(prompts, params)  # if it raises, then on every rank
+        cost = [len(p) + q.n * q.max_tokens for p, q in zip(prompts, each)]
+        order = sorted(range(len(prompts)), key=lambda i: -cost[i])
+        mine = order[rank() :: world_size()]
+        bar = progress if rank() == 0 else None
+        done = self.engine.generate([prompts[i] for i in mine], [each[i] for i in mine], bar)
+        results = merged(dict(zip(mine, done)))
+        groups = [results[i] for i in range(len(prompts))]
+        for i, group in enumerate(groups):
+            for sample, completion in enumerate(group):
+                if on_done:
+                    on_done(i, sample, completion)
+        return groups

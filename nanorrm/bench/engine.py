@@ -171,7 +171,7 @@ def time_decode(model, batch, context, steps=48):
     for seed in range(batch):
         prompt = torch.randint(256, (context,), generator=generator).tolist()
         engine.add(prompt, SamplingParams(max_tokens=120, stop_token_ids=(), seed=seed))
-    while engine.waiting or engine.prefilling:
+    while engine.scheduler.unfinished:
         engine.step()
     engine.step()  # on a GPU: records the graph
     wait(device)

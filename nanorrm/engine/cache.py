@@ -12,6 +12,11 @@ import struct
 from collections import OrderedDict
 
 
+def blocks_for(tokens, block_size):
+    """How many blocks hold so many tokens."""
+    return -(-tokens // block_size)
+
+
 def block_names(ids, block_size, epoch):
     """Names of the full blocks of a token sequence: each is a hash of everything up to its end."""
     names, name = [], struct.pack("<q", epoch)
@@ -66,7 +71,8 @@ class BlockPool:
                 block = self._empty.pop()
             else:
                 block, _ = self._idle.popitem(last=False)
-                self._forget(block)
+                del self._found[self.names[block]]
+                self.names[block] = None
             self.owners[block] = 1
             taken.append(block)
         return taken
@@ -109,13 +115,8 @@ class BlockPool:
 
     def drop(self):
         """New weights: forget every name and begin a new epoch."""
-        for block in list(self._idle):
-            self._empty.append(block)
+        self._empty += self._idle
         self._idle.clear()
         self._found.clear()
         self.names = [None] * len(self.owners)
         self.epoch += 1
-
-    def _forget(self, block):
-        del self._found[self.names[block]]
-        self.names[block] = None

@@ -15,8 +15,8 @@ class DecodeGraphs:
     """Runs `rows.decode(n, width)`, through graphs where the device has them."""
 
     def __init__(self, rows, config):
-        self.rows = rows
-        self.usable = rows.device.type == "cuda" and config.cuda_graphs
+        self.rows, self.config = rows, config
+        self.usable = rows.model.device.type == "cuda" and config.cuda_graphs
         self.captured = {}  # (bucket, width of tables, generated tokens, settings) -> graph
 
     def run(self, n, width):
@@ -24,10 +24,11 @@ class DecodeGraphs:
         rows = self.rows
         if not self.usable:
             return rows.decode(n, width)
-        bucket = min(rows.capacity, next((b for b in (1, 2, 4, 8) if b >= n), -(-n // 16) * 16))
+        bucket = next((b for b in (1, 2, 4, 8) if b >= n), -(-n // 16) * 16)
+        bucket = min(bucket, self.config.max_batch)
         key = bucket, rows.width, rows.new, rows.settings
-        rows.narrow["done"][n:bucket] = True
-        rows.narrow["length"][n:bucket] = 1
+        rows.state.done[n:bucket] = True
+        rows.state.length[n:bucket] = 1
         if key not in self.captured:
             try:
                 self.captured[key] = self._capture(bucket)
@@ -38,21 +39,19 @@ class DecodeGraphs:
         self.captured[key].replay()
 
     def _capture(self, bucket):
-        """Warm up on the side, on rows set aside, then record one step."""
-        rows = self.rows
-        saved = {name: buffer.clone() for name, buffer in rows.narrow.items()}
-        rows.narrow["done"][:] = True  # nothing is written while warming up
+        """Warm up on the side, then record one step."""
+        rows, done = self.rows, self.rows.state.done.clone()
+        rows.state.done.fill_(True)  # of a row that is done, a step changes nothing that is read
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                rows.decode(bucket, rows.width)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
-                rows.decode(bucket, rows.width)
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    rows.decode(bucket, rows.width)
         finally:
-            for name, buffer in rows.narrow.items():
-                buffer.copy_(saved[name])
+            torch.cuda.current_stream().wait_stream(stream)
+            rows.state.done.copy_(done)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # recorded, not run
+            rows.decode(bucket, rows.width)
         return graph

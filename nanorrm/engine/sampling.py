@@ -63,8 +63,7 @@ class SamplingParams:
 def seeds_apart(params, questions):
     """One SamplingParams per prompt: equal prompts of a batch get seeds of their own, or they would
     be answered alike."""
-    seen = Counter()
-    each = []
+    seen, each = Counter(), []
     for question in map(tuple, questions):
         each.append(replace(params, seed=params.seed + seen[question] * 2**48))
         seen[question] += 1
@@ -90,6 +89,30 @@ def truncate(probs, params):
         cut = (before >= params.top_p).scatter(-1, index, before >= params.top_p)
         probs = probs.masked_fill(cut, 0.0)
     return probs
+
+
+class AnswerSlots:
+    """A forced answer: which ids may stand at each place after </think>; before it nothing ends."""
+
+    def __init__(self, slots, stop_ids, vocab_size):
+        """slots: as SamplingParams.answer_slots; stop_ids: tensor of the ids that end."""
+        allowed = torch.zeros(1 + len(slots), vocab_size, dtype=torch.bool, device=stop_ids.device)
+        self.ends, self.allowed = allowed[0], allowed[1:]  # [V], [S, V]
+        self.ends[stop_ids] = True
+        for place, ids in enumerate(slots):
+            self.allowed[place, list(ids)] = True
+        only = [ids[0] if len(ids) == 1 else -1 for ids in slots]  # where there is no choice
+        self.only = torch.tensor(only, device=stop_ids.device)
+
+    def constrain(self, answered, forced):
+        """Rows that are `answered` tokens [B] past </think> (-1: before it), and ids that are
+        forced already [B] (-1: none) -> forced, allowed as in `draw`."""
+        place = answered.clamp(0, len(self.only) - 1)
+        inside = (answered >= 0) & (answered < len(self.only))
+        # before the answer nothing may end the completion, after it anything may stand
+        outside = ~self.ends | (answered >= 0)[:, None]
+        allowed = torch.where(inside[:, None], self.allowed[place], outside)
+        return torch.where(inside, self.only[place], forced), allowed
 
 
 def draw(logits, params, stream, position, forced=None, allowed=None):

@@ -1,6 +1,7 @@
 """One sample on its way through the engine, and what comes out of it."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from nanorrm.engine.sampling import SamplingParams, stream_id
 
@@ -18,46 +19,74 @@ class Completion:
     think_tokens: int  # tokens of the thinking, tags not counted
 
 
+class Generated(NamedTuple):
+    """What was generated: lists for one sequence, tensors [rows, columns] for a batch."""
+
+    ids: list
+    logp: list  # nats, of the distribution sampled from
+    raw: list  # nats, of the model at temperature 1
+    forced: list
+
+
+class RowState(NamedTuple):
+    """What a decode step knows of a row: numbers for one sequence, tensors [rows] for a batch."""
+
+    length: int  # prompt and generated tokens
+    count: int  # generated tokens
+    limit: int  # tokens to generate at most
+    last: int  # id of the newest token, whose key and value are not computed yet
+    stream: int  # of the noise
+    budget: int  # thinking tokens at most
+    think_tokens: int
+    answered: int  # tokens since </think>, -1 before it; kept up for answer slots only
+    thinking: bool
+    done: bool
+
+
+NOTHING = Generated([], [], [], [])
+
+
 @dataclass(eq=False)
 class Sequence:
     """A sample on its way: what the engine knows of it outside the tensors."""
 
     prompt: list[int]
     params: SamplingParams
-    request: int
-    sample: int
-    order: int  # by arrival; the newest is preempted first
+    request: int  # by arrival
+    sample: int  # its index among the request's n
     blocks: list[int] = field(default_factory=list)
     names: list[bytes] = field(default_factory=list)  # of its full blocks, for the prefix cache
     computed: int = 0  # tokens whose keys and values are in the cache
-    written: dict = field(default_factory=dict)  # what was generated before a preemption
+    generated: Generated = NOTHING  # before a preemption
 
     @property
     def tokens(self):
-        return self.prompt + self.written.get("ids", [])
+        return self.prompt + self.generated.ids
 
     def __len__(self):
-        return len(self.prompt) + len(self.written.get("ids", ()))
+        return len(self.prompt) + len(self.generated.ids)
 
     def started(self, begin, end):
-        """The row a sequence starts or goes on with (begin, end: ids of the thinking tags)."""
-        state = {"thinking": False, "answered": -1, "think_tokens": 0}
+        """The RowState a sequence starts or goes on with (begin, end: ids of the thinking tags)."""
+        thinking, answered, think_tokens = False, -1, 0
         for i, token in enumerate(self.tokens):
             generated = i >= len(self.prompt)
-            state["answered"] += state["answered"] >= 0
+            answered += answered >= 0
             if token == end:
-                state |= {"thinking": False, "answered": 0}
-            state["think_tokens"] += generated and state["thinking"]
-            if token == begin:
-                state |= {"thinking": True, "answered": -1 if not generated else state["answered"]}
-        budget = self.params.max_think_tokens
-        return {
-            **state,
-            "length": len(self),
-            "count": len(self) - len(self.prompt),
-            "limit": self.params.max_tokens,
-            "last": 0,
-            "stream": stream_id(self.params.seed, self.prompt, self.sample),
-            "budget": 2**62 if budget is None else budget,
-            "done": False,
-        }
+                thinking, answered = False, 0
+            think_tokens += generated and thinking
+            if token == begin:  # in a prompt it opens the turn that is to be answered
+                thinking, answered = True, answered if generated else -1
+        params = self.params
+        return RowState(
+            length=len(self),
+            count=len(self.generated.ids),
+            limit=params.max_tokens,
+            last=0,  # the step that computes the prompt draws it
+            stream=stream_id(params.seed, self.prompt, self.sample),
+            budget=2**62 if params.max_think_tokens is None else params.max_think_tokens,
+            think_tokens=think_tokens,
+            answered=answered,
+            thinking=thinking,
+            done=False,
+        )

@@ -17,8 +17,8 @@ def printable(text):
 
 
 @contextmanager
-def live(engine, to=None):
-    """Meanwhile, print one generation of every batch to a stream (stderr) as it is written.
+def stream(engine, to=None):
+    """Meanwhile, print one generation of every batch to a file (stderr) as it is written.
 
     engine: an Engine or an EngineBackend; of a server's answers nothing can be seen.
     """
@@ -26,15 +26,15 @@ def live(engine, to=None):
     if not isinstance(engine, Engine):
         yield
         return
-    engine.step = Watcher(engine, to or sys.stderr).step  # in front of the class's own
+    before, engine.on_step = engine.on_step, Watcher(engine, to or sys.stderr)
     try:
         yield
     finally:
-        del engine.step
+        engine.on_step = before
 
 
 class Watcher:
-    """An engine's step, after which the first sequence of the batch is looked at."""
+    """Called after every step, looks at the first sequence of the batch."""
 
     def __init__(self, engine, to):
         self.engine, self.to = engine, to
@@ -42,11 +42,10 @@ class Watcher:
         self.shown = 0  # how many of its tokens are printed
         self.fresh = 0  # requests from this one on have not had their turn
 
-    def step(self):
-        """One step -> what finished, as Engine.step."""
-        engine = self.engine
-        finished = type(engine).step(engine)
-        running = {(s.request, s.sample): row for row, s in enumerate(engine.rows.sequences)}
+    def __call__(self, finished):
+        """finished: what Engine.step returns."""
+        rows = self.engine.rows
+        running = {(s.request, s.sample): row for row, s in enumerate(rows.sequences)}
         done = {(request, sample): completion for request, sample, completion in finished}
         if self.follows is None:
             new = [place for place in (*running, *done) if place[0] >= self.fresh]
@@ -55,10 +54,9 @@ class Watcher:
             completion = done[self.follows]
             ended = completion.finish_reason == "stop"
             self.print(completion.ids[:-1] if ended else completion.ids, last=True)
-            self.follows, self.fresh = None, engine.requests
+            self.follows, self.fresh = None, self.engine.requests
         elif self.follows in running:
-            self.print(engine.rows.written(running[self.follows])["ids"])
-        return finished
+            self.print(rows.read(running[self.follows]).ids)
 
     def print(self, ids, last=False):
         """Print the tokens that are new; a character that is still half is waited for."""

@@ -24,7 +24,7 @@ def random_model(seed=0):
 
 
 def leaks(engine):
-    return len(engine.pool.owners) - engine.pool.free
+    return len(engine.scheduler.pool.owners) - engine.scheduler.pool.free
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_weights_changed_means_nothing_stale(tokenizer, asked):
 def test_no_block_leaks(random_engine, asked):
     random_engine.generate(asked, MIXED)
     assert leaks(random_engine) == 0
-    assert random_engine.pool.owners == [0] * len(random_engine.pool.owners)
+    assert random_engine.scheduler.pool.owners == [0] * len(random_engine.scheduler.pool.owners)
 
 
 @pytest.mark.parametrize("call", [5, 12])
@@ -357,9 +357,9 @@ def test_thinking_opened_by_the_model_is_counted(tokenizer, monkeypatch):
     ],
 )
 def test_a_row_starts_inside_the_thinking_its_prompt_left_open(prompt, inside):
-    s = Sequence(prompt, SamplingParams(), request=0, sample=0, order=0)
-    assert s.started(8, 9)["thinking"] is inside
-    assert s.started(None, None)["thinking"] is False
+    s = Sequence(prompt, SamplingParams(), request=0, sample=0)
+    assert s.started(8, 9).thinking is inside
+    assert s.started(None, None).thinking is False
 
 
 # -- how completions end

@@ -96,7 +96,7 @@ def test_sync_copies_weights_and_forgets_prefixes(tokenizer):
     params = SamplingParams(max_tokens=20)
     engine.generate(asked, params)
     engine.sync(other)
-    assert engine.pool.find([n for n in engine.pool.names if n]) == []
+    assert engine.scheduler.pool.find([n for n in engine.scheduler.pool.names if n]) == []
     fresh = tiny.engine(tokenizer, other)
     assert ids_of(engine.generate(asked, params)) == ids_of(fresh.generate(asked, params))
 
@@ -120,7 +120,7 @@ def test_requests_may_differ_in_number_lengths_and_seed(tokenizer):
         engine.generate(
             asked[:2], [SamplingParams(max_tokens=9), SamplingParams(max_tokens=9, top_k=3)]
         )
-    assert not engine.unfinished and engine.pool.free == len(engine.pool)
+    assert not engine.unfinished and engine.scheduler.pool.free == len(engine.scheduler.pool)
 
 
 def test_abort_returns_what_there_is(tokenizer):
@@ -130,7 +130,7 @@ def test_abort_returns_what_there_is(tokenizer):
     for _ in range(4):
         assert engine.step() == []
     stopped = {sample: c for _, sample, c in engine.abort(number)}
-    assert not engine.unfinished and engine.pool.free == len(engine.pool)
+    assert not engine.unfinished and engine.scheduler.pool.free == len(engine.scheduler.pool)
     for sample, completion in stopped.items():
         assert completion.finish_reason == "abort"
         assert completion.ids == wanted[sample].ids[:4]
@@ -180,15 +180,19 @@ import json, sys, torch
 torch.set_num_threads(1)
 sys.path[:0] = [{root!r}, {tests!r}]
 import tiny
-from nanorrm import dist, toy
-from nanorrm.sampling import SamplingParams
-dist.init()
-engine = tiny.engine(toy.make_tokenizer(), tiny.model())
-out = dist.generate(engine, tiny.prompts(21), SamplingParams(n=3, max_tokens=10, seed=4))
-if dist.rank() == 0:
+from nanorrm import ranks
+from nanorrm.data import toy
+from nanorrm.engine.sampling import SamplingParams
+ranks.init()
+engine, heard = tiny.engine(toy.make_tokenizer(), tiny.model()), []
+shared = ranks.RankSharedEngine(engine)
+params = SamplingParams(n=3, max_tokens=10, seed=4)
+out = shared.generate(tiny.prompts(21), params, None, lambda *done: heard.append(done))
+assert heard == [(i, j, c) for i, group in enumerate(out) for j, c in enumerate(group)]
+if ranks.rank() == 0:
     ids = [[c.ids for c in group] for group in out]
-    print(json.dumps([dist.world_size(), engine.requests, ids]))
-dist.finish()
+    print(json.dumps([ranks.world_size(), engine.requests, ids]))
+ranks.finish()
 """
 
 

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from nanorrm.config import EngineConfig
 from nanorrm.data import toy
+from nanorrm.engine.cache import blocks_for
 from nanorrm.engine.engine import Engine
 from nanorrm.engine.sampling import SamplingParams
 
@@ -43,8 +44,8 @@ class Dice:
 
 def check(engine):
     """Every block is owned by exactly those sequences that list it; the rest is idle or empty."""
-    pool, size = engine.pool, engine.config.block_size
-    prefilling = [s for group in engine.prefilling for s in group]
+    pool, size = engine.scheduler.pool, engine.config.block_size
+    prefilling = [s for group in engine.scheduler.prefilling for s in group]
     owners = Counter(b for s in (*prefilling, *engine.rows.sequences) for b in s.blocks)
     assert pool.owners == [owners[b] for b in range(len(pool))]
     assert sorted([*pool._empty, *pool._idle]) == [b for b, n in enumerate(pool.owners) if n == 0]
@@ -52,12 +53,12 @@ def check(engine):
     assert {n: b for b, n in enumerate(pool.names) if n is not None} == pool._found
     assert len(engine.rows.sequences) == engine.rows.n
     for row, s in enumerate(engine.rows.sequences):
-        length = int(engine.rows.narrow["length"][row])
+        length = int(engine.rows.state.length[row])
         assert engine.rows.lengths[row] == length
-        assert engine.rows.wide["table"][row, : len(s.blocks)].tolist() == s.blocks
-        assert engine.blocks_for(length - 1) <= len(s.blocks) == engine.rows.held[row]
+        assert engine.rows.table[row, : len(s.blocks)].tolist() == s.blocks
+        assert blocks_for(length - 1, size) <= len(s.blocks) == engine.rows.held[row]
         # what the cache holds of this sequence is what was written for it, by whoever wrote it
-        tokens = (s.prompt + engine.rows.written(row)["ids"])[: length - 1]
+        tokens = (s.prompt + engine.rows.read(row).ids)[: length - 1]
         slots = [s.blocks[i // size] * size + i % size for i in range(length - 1)]
         assert engine.cache[0].view(-1)[slots].long().tolist() == tokens
 
@@ -104,7 +105,7 @@ class Scheduling(RuleBasedStateMachine):
     @rule()
     def new_weights(self):
         self.engine.sync()
-        assert self.engine.pool._found == {}
+        assert self.engine.scheduler.pool._found == {}
 
     def take(self, completions):
         for request, _, completion in completions:
@@ -125,7 +126,7 @@ class Scheduling(RuleBasedStateMachine):
                 self.take(self.engine.step())
             assert self.finished == self.expected  # every sample of every request, once
             check(self.engine)
-            assert self.engine.pool.free == len(self.engine.pool)
+            assert self.engine.scheduler.pool.free == len(self.engine.scheduler.pool)
 
 
 TestScheduling = Scheduling.TestCase
@@ -146,10 +147,10 @@ def test_ten_thousand_requests_leak_nothing(chunked):
         engine.add(prompt, SamplingParams(max_tokens=rng.randint(1, 60), seed=number))
         if rng.random() < 0.05:
             done.update(r for r, *_ in engine.abort(rng.randint(max(0, number - 20), number)))
-        while len(engine.waiting) > 40:
+        while len(engine.scheduler.waiting) > 40:
             done.update(request for request, *_ in engine.step())
     while engine.unfinished:
         done.update(request for request, *_ in engine.step())
     assert done == Counter(range(10_000))
     check(engine)
-    assert engine.pool.free == 64 and engine.stats["preemptions"] > 0
+    assert engine.scheduler.pool.free == 64 and engine.stats["preemptions"] > 0

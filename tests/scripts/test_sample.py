@@ -1,6 +1,5 @@
 """sample.py: asks, ranks, generates; shows the thinking as it comes; JSON for pipes."""
 
-import io
 import json
 import os
 import random
@@ -9,14 +8,9 @@ import runpy
 import sys
 
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanorrm.config import EngineConfig
-from nanorrm.engine.engine import Engine
-from nanorrm.engine.sampling import SamplingParams
-from nanorrm.engine.stream import Watcher, live, printable
 from nanorrm.measure.report import write_report
 from nanorrm.model.hf_folder import SHIPPED
 from nanorrm.rank.tournament import knockout, run_tournaments
@@ -69,14 +63,6 @@ def test_text_can_not_steer_the_terminal(cli):
     code, out, err = cli("sample.py", "judge", *nasty, "--model", "toy-judge", *ONE)
     assert code == 0 and not set("\x1b\x9b\x07") & set(out + err)
     assert "1\ufffd[2J+2" in out
-
-
-@given(st.text(st.characters(max_codepoint=0x2FFF)))
-def test_printable_keeps_what_can_be_printed(text):
-    said = printable(text)
-    assert len(said) == len(text)
-    assert all(a == b or (b == "\ufffd" and not a.isprintable()) for a, b in zip(text, said))
-    assert all(c in "\t\n" or ord(c) >= 32 for c in said)
 
 
 @pytest.mark.parametrize(
@@ -292,58 +278,6 @@ def test_a_model_without_a_chat_template_is_told_of_raw(cli, chat_model):
 
 
 # -- as it comes
-
-
-class Pieces(io.StringIO):
-    """A stream that remembers what it got in one piece."""
-
-    def __init__(self):
-        super().__init__()
-        self.pieces = []
-
-    def write(self, text):
-        self.pieces.append(text)
-        return super().write(text)
-
-
-@pytest.mark.parametrize("blocks", [1024, 12])  # many, and so few that sequences are preempted
-def test_the_first_generation_comes_piece_by_piece_and_whole(toy_base, blocks):
-    config = EngineConfig(num_blocks=blocks, block_size=8)
-    engine, stream = Engine(toy_base.model, toy_base.tokenizer, config), Pieces()
-    prompt = engine.tokenizer.encode_template("!4+7-3+5-2+6\n<think>")
-    params = SamplingParams(n=5, max_tokens=60)
-    calm = engine.generate([prompt], params)[0]
-    engine.report()
-    with live(engine, stream):
-        completions = engine.generate([prompt], params)[0]
-    assert (engine.report()["engine/preemptions"] > 0) == (blocks == 12)
-    assert [c.ids for c in completions] == [c.ids for c in calm]  # looking changes nothing
-    assert stream.getvalue() == completions[0].text + "\n"
-    assert len(stream.pieces) > 10 and "step" not in vars(engine)
-
-
-def test_every_batch_has_its_turn_even_if_it_takes_one_step(tokenizer):
-    engine = tiny.engine(tokenizer, tiny.model())
-    stream = Pieces()
-    with live(engine, stream):
-        short = [
-            engine.generate([prompt], SamplingParams(max_tokens=1))[0][0]
-            for prompt in tiny.prompts(3)
-        ]
-    assert stream.getvalue() == "".join(printable(c.text) + "\n" for c in short)
-
-
-def test_a_letter_of_several_tokens_comes_whole(toy_base):
-    """The toy tokenizer spells é and 猫 in bytes, one token each."""
-    engine, stream = toy_base, Pieces()
-    ids = engine.tokenizer.encode("é猫x")
-    assert len(ids) == 6
-    watcher = Watcher(engine, stream)
-    for end in range(1, 7):
-        watcher.print(ids[:end])
-    assert stream.pieces == ["é", "猫", "x"]
-    watcher.print(ids + ids[:1], last=True)
-    assert stream.pieces[3:] == ["\ufffd\n"]
 
 
 def test_thinking_is_streamed_to_stderr_only(cli):

@@ -97,7 +97,7 @@ def test_no_block_leaks_when_prefill_raises(tokenizer, monkeypatch):
     monkeypatch.setattr(engine.model, "forward_cached", fails)
     with pytest.raises(RuntimeError):
         engine.generate(tiny.prompts(10), SamplingParams(max_tokens=8))
-    assert engine.pool.free == len(engine.pool.owners)
+    assert engine.scheduler.pool.free == len(engine.scheduler.pool.owners)
 
 
 def test_end_token_inside_the_thinking_is_not_thinking(tokenizer, monkeypatch):
