@@ -172,8 +172,7 @@ class RankSharedEngine:
         done = self.engine.generate([prompts[i] for i in mine], [each[i] for i in mine], bar)
         results = merged(dict(zip(mine, done)))
         groups = [results[i] for i in range(len(prompts))]
-        for i, group in enumerate(groups):
+        for i, group in enumerate(groups if on_done else ()):
             for sample, completion in enumerate(group):
-                if on_done:
-                    on_done(i, sample, completion)
+                on_done(i, sample, completion)
         return groups

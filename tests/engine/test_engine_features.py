@@ -1,5 +1,6 @@
 """What training and judging ask of the engine beyond plain generation."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import tiny
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from nanorrm import ranks
 from nanorrm.config import EngineConfig, UserError
 from nanorrm.data import toy
 from nanorrm.engine.engine import Engine
@@ -173,6 +175,32 @@ def test_fused_head_draws_from_the_same_distribution(toy_base):
         gap = (wanted - torch.tensor(completion.logprobs))[drawn]
         assert gap.abs().max() < 1e-4
         assert completion.logprobs[12] == 0 and completion.forced[12]
+
+
+def test_a_rank_shared_engine_is_an_engine_that_can_be_copied(tokenizer):
+    """It says what it passes on: a forwarded __getattr__ asks itself before it has an engine."""
+    engine = tiny.engine(tokenizer, tiny.model())
+    asked, params = tiny.prompts(3), SamplingParams(n=2, max_tokens=6)
+    wanted = engine.generate(asked, params)
+    shared = ranks.RankSharedEngine(engine)
+    for one in (shared, copy.copy(shared), copy.deepcopy(shared)):
+        assert one.generate(asked, params) == wanted
+        assert one.refusal([], params) == engine.refusal([], params)
+        assert one.report()["engine/steps"] > 0
+        one.sync()
+        one.sleep()
+        assert one.engine.cache is None
+        one.wake()
+        assert (one.tokenizer.think_ids, one.config) == (tokenizer.think_ids, engine.config)
+    assert copy.copy(shared).model is engine.model and one.model is one.engine.model
+    assert not hasattr(shared, "nonsense")
+
+
+def test_on_step_hears_what_each_step_finished(tokenizer):
+    engine, heard = tiny.engine(tokenizer, tiny.model()), []
+    engine.on_step = heard.append
+    engine.generate(tiny.prompts(3), SamplingParams(max_tokens=6))
+    assert len(heard) == engine.stats["steps"] and sum(map(len, heard)) == 3
 
 
 RANKS = """
