@@ -195,9 +195,8 @@ class Engine:
             return "the prompt is empty"
         if max(prompt) >= self.model.config.vocab_size or min(prompt) < 0:
             return f"a token id outside the model's vocabulary of {self.model.config.vocab_size}"
-        if self.tokenizer.think_ids[1] is None and (
-            params.answer_slots or params.max_think_tokens is not None
-        ):
+        thinks = params.answer_slots or params.max_think_tokens is not None
+        if thinks and self.tokenizer.think_ids[1] is None:
             return "the tokenizer has no </think>, which a thinking budget or forced answer needs"
         if total > context:
             return f"{asked} exceeds the model's context of {context}"

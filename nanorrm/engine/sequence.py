@@ -20,16 +20,16 @@ class Completion:
 
 
 class Generated(NamedTuple):
-    """What was generated: lists for one sequence, tensors [rows, columns] for a batch."""
+    """What was generated, as in a Completion: lists, or tensors [rows, columns] of a batch."""
 
     ids: list
-    logp: list  # nats, of the distribution sampled from
-    raw: list  # nats, of the model at temperature 1
+    logp: list
+    raw: list
     forced: list
 
 
 class RowState(NamedTuple):
-    """What a decode step knows of a row: numbers for one sequence, tensors [rows] for a batch."""
+    """What a decode step knows of a sequence: numbers, or tensors [rows] of a batch."""
 
     length: int  # prompt and generated tokens
     count: int  # generated tokens

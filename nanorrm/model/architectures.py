@@ -13,7 +13,7 @@ from nanorrm.config import UserError
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's longer context: slow rotations are slowed down (see model.rope_frequencies)."""
+    """Llama 3's longer context: slow rotations are slowed down (transformer.rope_frequencies)."""
 
     factor: float  # how much longer the context became
     low_freq_factor: float  # fewer turns than this in the old context: slowed down by the factor
@@ -43,43 +43,31 @@ class ModelConfig:
     generation: dict = field(default_factory=dict)  # generation_config.json's other fields, kept
 
 
-CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-)
-ROPES = ("default", "llama3")
+CLASSES = {kind: f"{kind.capitalize()}ForCausalLM" for kind in ("llama", "qwen2", "qwen3")}
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+SIZES += ("num_attention_heads", "max_position_embeddings")
 LLAMA3 = tuple(f.name for f in fields(RopeScaling))
 
 
-def is_size(value):
-    return type(value) is int and value > 0
-
-
 def is_number(value):
+    """Whether a JSON value is a positive number."""
     return type(value) in (int, float) and 0 < value < inf
 
 
-FORMS = (  # what the fields must be where they are given
-    ("a positive integer", is_size, (*SIZES, "num_key_value_heads", "head_dim", "sliding_window")),
-    ("a positive number", is_number, ("rms_norm_eps", "rope_theta")),
-    ("an integer", lambda x: type(x) is int, ("max_window_layers",)),
-    (
-        "true or false",
+FORMS = {  # what the fields must be where they are given
+    "a positive integer": (
+        lambda x: type(x) is int and x > 0,
+        (*SIZES, "num_key_value_heads", "head_dim", "sliding_window"),
+    ),
+    "a positive number": (is_number, ("rms_norm_eps", "rope_theta")),
+    "an integer": (lambda x: type(x) is int, ("max_window_layers",)),
+    "true or false": (
         lambda x: type(x) is bool,
         ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
     ),
-    ("an object", lambda x: isinstance(x, dict), ("rope_scaling", "rope_parameters")),
-    ("a list", lambda x: isinstance(x, list), ("layer_types", "architectures")),
-)
+    "an object": (lambda x: type(x) is dict, ("rope_scaling", "rope_parameters")),
+    "a list": (lambda x: type(x) is list, ("layer_types", "architectures")),
+}
 
 
 def listed(problems, most=8):
@@ -107,14 +95,14 @@ def parse_config(raw, where):
         raise UserError(f"{where}: {listed(problems)}")
     heads = raw["num_attention_heads"]
     usual_dim = 128 if kind == "qwen3" else raw["hidden_size"] // heads  # transformers' defaults
-    scaling = rope.get("rope_type") == "llama3"
+    scaled = rope.get("rope_type") == "llama3"
     return ModelConfig(
         **{name: raw[name] for name in SIZES},
         num_key_value_heads=raw.get("num_key_value_heads") or heads,
         head_dim=raw.get("head_dim") or usual_dim,
         rms_norm_eps=raw.get("rms_norm_eps") or 1e-6,
         rope_theta=float(rope.get("rope_theta", 10000.0)),
-        rope_scaling=RopeScaling(**{name: rope[name] for name in LLAMA3}) if scaling else None,
+        rope_scaling=RopeScaling(**{name: rope[name] for name in LLAMA3}) if scaled else None,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
         attention_bias=kind == "qwen2",
         qk_norm=kind == "qwen3",
@@ -125,16 +113,16 @@ def parse_config(raw, where):
 def malformed(raw):
     """Fields that are missing or no such thing as they should be, in words."""
     problems = [f"{name} is missing" for name in SIZES if raw.get(name) is None]
-    for words, fits, names in FORMS:
+    for words, (fits, names) in FORMS.items():
         given = {name: raw[name] for name in names if raw.get(name) is not None}
         problems += [f"{n} is {v!r}, should be {words}" for n, v in given.items() if not fits(v)]
     if problems:
         return problems
-    heads, groups = raw["num_attention_heads"], raw.get("num_key_value_heads")
-    if heads % (groups or heads):
+    heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
+    if heads % (raw.get("num_key_value_heads") or heads):
         problems.append(f"num_attention_heads {heads} is no multiple of num_key_value_heads")
-    if not raw.get("head_dim") and raw["hidden_size"] % heads:
-        problems.append(f"hidden_size {raw['hidden_size']} is no multiple of num_attention_heads")
+    if not raw.get("head_dim") and hidden % heads:
+        problems.append(f"hidden_size {hidden} is no multiple of num_attention_heads")
     return problems
 
 
@@ -147,23 +135,19 @@ def read_rope(raw):
     >>> read_rope({"rope_theta": 5.0, "rope_scaling": {"type": "yarn"}})[1]
     ["RoPE scaling 'yarn' is not built (only default, llama3)"]
     """
-    alone = ("rope_theta", "partial_rotary_factor")
-    spellings = [raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}, raw]
+    alone = {name: raw.get(name) for name in ("rope_theta", "partial_rotary_factor")}
     rope, problems = {}, []
-    for spelling in spellings:
+    for spelling in (raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}, alone):
         for name, value in spelling.items():
-            if value is None or (spelling is raw and name not in alone):
-                continue
             name = "rope_type" if name == "type" else name
-            if rope.setdefault(name, value) != value:
+            if value is not None and rope.setdefault(name, value) != value:
                 problems.append(f"{name} is both {rope[name]!r} and {value!r}")
     kind = rope.get("rope_type", "default")
     if any(isinstance(value, dict) for value in rope.values()):
         problems.append("RoPE parameters that differ between layers are not built")
-    elif kind not in ROPES:
-        problems.append(f"RoPE scaling {kind!r} is not built (only {', '.join(ROPES)})")
-    needed = ("rope_theta", *(LLAMA3 if kind == "llama3" else ()))
-    for name in needed:
+    elif kind not in ("default", "llama3"):
+        problems.append(f"RoPE scaling {kind!r} is not built (only default, llama3)")
+    for name in ("rope_theta", *(LLAMA3 if kind == "llama3" else ())):
         if not is_number(rope.get(name, 1.0 if name == "rope_theta" else None)):
             problems.append(f"RoPE's {name} is {rope.get(name)!r}, should be a positive number")
     if kind == "llama3" and not problems and rope["low_freq_factor"] >= rope["high_freq_factor"]:
@@ -175,61 +159,51 @@ def read_rope(raw):
 
 def not_built(raw, kind):
     """What a config asks for that would change the logits and is not built, in words."""
-    problems = []
-    classes = raw.get("architectures") or [CLASSES[kind]]
-    if CLASSES[kind] not in classes:
-        names = ", ".join(map(str, classes))
-        problems.append(f"architectures is {names}, only {CLASSES[kind]} is built")
-    act = raw.get("hidden_act")
-    if act not in (None, "silu"):
-        problems.append(f"hidden_act {act!r} is not built (only silu)")
-    if raw.get("attention_bias") and kind != "qwen2":
-        problems.append("attention_bias is not built (but Qwen2's)")
-    if raw.get("mlp_bias"):
-        problems.append("mlp_bias is not built")
-    if raw.get("quantization_config"):
-        problems.append("quantized weights (quantization_config) are not read")
-    window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
+    classes, act = raw.get("architectures") or [CLASSES[kind]], raw.get("hidden_act")
+    window = (raw.get("use_sliding_window") and raw.get("sliding_window")) or None
     if types := raw.get("layer_types"):
         slides = any(name != "full_attention" for name in types)
     else:
-        slides = window is not None and raw.get("max_window_layers", 28) < raw["num_hidden_layers"]
-    if slides and (window or 0) < raw["max_position_embeddings"]:
-        problems.append(f"sliding-window attention (of {window} tokens) is not built")
-    return problems
+        slides = window and raw.get("max_window_layers", 28) < raw["num_hidden_layers"]
+    asked = {  # words -> whether it is asked for
+        f"architectures is {', '.join(map(str, classes))}, only {CLASSES[kind]} is built": (
+            CLASSES[kind] not in classes
+        ),
+        f"hidden_act {act!r} is not built (only silu)": act not in (None, "silu"),
+        "attention_bias is not built (but Qwen2's)": raw.get("attention_bias") and kind != "qwen2",
+        "mlp_bias is not built": raw.get("mlp_bias"),
+        "quantized weights (quantization_config) are not read": raw.get("quantization_config"),
+        f"sliding-window attention (of {window} tokens) is not built": (
+            slides and (window or 0) < raw["max_position_embeddings"]
+        ),
+    }
+    return [words for words, is_asked in asked.items() if is_asked]
 
 
 def token_ids(raw, where):
     """eos_token_id of a configuration (an id, a list of them, or nothing) -> list of ids."""
     value = raw.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(type(i) is int for i in ids):
-        raise UserError(
-            f"{where}: eos_token_id is {value!r}, should be a token id or a list of ids"
-        )
-    return list(ids)
+    if all(type(i) is int for i in ids):
+        return list(ids)
+    raise UserError(f"{where}: eos_token_id is {value!r}, should be a token id or a list of ids")
 
 
 def config_json(config, dtype):
     """ModelConfig -> the dictionary of config.json, with RoPE in both spellings; dtype: its name,
     such as "bfloat16"."""
     kind = "qwen3" if config.qk_norm else "qwen2" if config.attention_bias else "llama"
-    scaling = (
-        {"rope_type": "llama3", **asdict(config.rope_scaling)} if config.rope_scaling else None
-    )
-    same = (*SIZES, "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings")
+    scaling = config.rope_scaling and {"rope_type": "llama3", **asdict(config.rope_scaling)}
+    theta = {"rope_theta": config.rope_theta}
+    same = ("num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings")
     return {
         "architectures": [CLASSES[kind]],
         "model_type": kind,
-        **{name: getattr(config, name) for name in same},
-        "attention_bias": config.attention_bias,
+        **{name: getattr(config, name) for name in (*SIZES, *same, "attention_bias")},
         "hidden_act": "silu",
-        "rope_theta": config.rope_theta,
+        **theta,
         "rope_scaling": scaling,
-        "rope_parameters": {
-            **(scaling or {"rope_type": "default"}),
-            "rope_theta": config.rope_theta,
-        },
+        "rope_parameters": {**(scaling or {"rope_type": "default"}), **theta},
         "eos_token_id": config.eos_token_id or None,
         "torch_dtype": dtype,
     }

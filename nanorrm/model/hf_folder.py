@@ -8,9 +8,8 @@ reader never sees a half.
 
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,14 +28,6 @@ SHIPPED = {
 SINGLE, HEAD, EMBEDDING = "model.safetensors", "lm_head.weight", "model.embed_tokens.weight"
 DTYPES = ("BF16", "F16", "F32", "F64")  # of the tensors that are read, as safetensors call them
 SHARD_BYTES = 5 * 10**9  # weights above this are written in several files
-
-
-class Stored(NamedTuple):
-    """Where a tensor lies and what it is, from its file's header."""
-
-    path: Path
-    shape: tuple
-    dtype: str
 
 
 def resolve_model(name):
@@ -75,87 +66,66 @@ def fill(model, folder, put=copy):
     The model's parameters may be shards (of the same full shapes), if `put` takes their part.
     Raises UserError that lists all files and tensors that do not fit, before any is put.
     """
-    folder = Path(folder)
-    parameters = dict(model.named_parameters())
-    files, index = weight_files(folder)
-    stored, unread, problems = survey([folder / name for name in files])
-    if model.config.tie_word_embeddings and HEAD in stored:
-        problems += untied(stored)
-        del stored[HEAD]
-    known = [name for name in parameters if folder / index.get(name, SINGLE) not in unread]
-    problems += [f"{name} is missing" for name in known if name not in stored]
-    problems += [f"{name} is not part of this model" for name in stored if name not in parameters]
-    problems += misfits(parameters, stored)
-    if problems:
-        raise UserError(f"{folder}: the weights do not fit config.json: {listed(problems)}")
-    for path in dict.fromkeys(tensor.path for tensor in stored.values()):
-        with mapped(path) as file:
+    folder, parameters = Path(folder), dict(model.named_parameters())
+    paths, index = weight_files(folder)
+    with ExitStack() as stack:
+        files, problems = opened(paths, stack)
+        stored = {}  # tensor name -> the path of its file
+        for path, file in files.items():
             for name in file.keys():  # noqa: SIM118
                 if name in stored:
-                    put(parameters[name], file.get_tensor(name))
+                    problems.append(f"{name} is in {stored[name].name} and {path.name}")
+                if not name.endswith("rotary_emb.inv_freq"):  # old writers stored them
+                    stored[name] = path
+        if model.config.tie_word_embeddings and HEAD in stored:
+            problems += untied(files[stored.pop(HEAD)], files.get(stored.get(EMBEDDING)))
+        lost = set(paths) - files.keys()  # of their tensors nothing is known, nor are they missing
+        known = [name for name in parameters if folder / index.get(name, SINGLE) not in lost]
+        problems += [f"{name} is missing" for name in known if name not in stored]
+        problems += [
+            f"{name} is not part of this model" for name in stored if name not in parameters
+        ]
+        for name, path in stored.items():
+            problems += misfit(name, files[path].get_slice(name), parameters.get(name))
+        if problems:
+            raise UserError(f"{folder}: the weights do not fit config.json: {listed(problems)}")
+        for name, path in stored.items():
+            put(parameters[name], files[path].get_tensor(name))
 
 
-def misfits(parameters, stored):
-    """Stored tensors whose shape or number format is not what a parameter takes, in words."""
-    problems = []
-    for name, (_, shape, dtype) in stored.items():
-        wanted = tuple(parameters[name].shape) if name in parameters else shape
-        if shape != wanted:
-            problems.append(f"{name} has shape {shape}, not {wanted}")
-        elif dtype not in DTYPES:
-            problems.append(f"{name} is stored as {dtype} (only {', '.join(DTYPES)} are read)")
-    return problems
-
-
-def untied(stored):
-    """A head stored beside the embedding it is tied to must equal it: where they differ, some
-    readers take the one and some the other."""
-    with mapped(stored[HEAD].path) as file:
-        head = file.get_tensor(HEAD)
-    if EMBEDDING not in stored:
-        return []
-    with mapped(stored[EMBEDDING].path) as file:
-        same = torch.equal(head, file.get_tensor(EMBEDDING))
-    words = f"{HEAD} differs from {EMBEDDING}, to which config.json ties it (tie_word_embeddings)"
-    return [] if same else [words]
-
-
-@contextmanager
-def mapped(path):
-    """A safetensors file, memory-mapped; one that is missing or damaged is a UserError."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-
-
-def survey(paths):
-    """What weight files hold, from their headers -> {name: Stored}, unreadable paths, problems.
-
-    RoPE's frequencies, which old writers stored, are left out.
-    """
-    stored, unread, problems = {}, set(), []
+def opened(paths, stack):
+    """{path: safetensors file, memory-mapped until the ExitStack closes}, and which can't be."""
+    files, problems = {}, []
     for path in paths:
         try:
-            with mapped(path) as file:
-                for name in file.keys():  # noqa: SIM118
-                    if name.endswith("rotary_emb.inv_freq"):
-                        continue
-                    if name in stored:
-                        problems.append(f"{name} is in {stored[name].path.name} and {path.name}")
-                    piece = file.get_slice(name)
-                    stored[name] = Stored(path, tuple(piece.get_shape()), piece.get_dtype())
-        except UserError as error:
-            problems.append(str(error))
-            unread.add(path)
-    return stored, unread, problems
+            files[path] = stack.enter_context(safe_open(path, framework="pt"))
+        except FileNotFoundError:
+            problems.append(f"{path}: no such file")
+        except (SafetensorError, OSError) as error:
+            problems.append(f"{path}: not a readable safetensors file ({error})")
+    return files, problems
+
+
+def misfit(name, stored, parameter):
+    """What a stored tensor has (a slice of its file) that its parameter does not take, in words."""
+    shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
+    if parameter is not None and shape != tuple(parameter.shape):
+        return [f"{name} has shape {shape}, not {tuple(parameter.shape)}"]
+    if dtype not in DTYPES:
+        return [f"{name} is stored as {dtype} (only {', '.join(DTYPES)} are read)"]
+    return []
+
+
+def untied(head, embedding):
+    """A head stored beside the embedding it is tied to must equal it: where they differ, some
+    readers take the one and some the other. head, embedding: their files."""
+    if embedding is None or torch.equal(head.get_tensor(HEAD), embedding.get_tensor(EMBEDDING)):
+        return []
+    return [f"{HEAD} differs from {EMBEDDING}, to which config.json ties it (tie_word_embeddings)"]
 
 
 def weight_files(folder):
-    """The names of the files that hold a folder's weights, and the index {tensor name: file}."""
+    """The paths of the files that hold a folder's weights, and the index {tensor name: file}."""
     index, single = folder / f"{SINGLE}.index.json", folder / SINGLE
     if not index.exists():
         pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
@@ -163,30 +133,27 @@ def weight_files(folder):
             raise UserError(
                 f"{folder}: {pickles[0]} is a pickle, which is not read: save it as safetensors"
             )
-        return [SINGLE], {}
+        return [single], {}
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise UserError(f"{index}: has no weight_map from tensor names to file names")
     files = sorted(set(names.values()))
     if single.exists() and SINGLE not in files:  # readers differ in which they take
         raise UserError(f"{folder}: has {SINGLE} and an index of other files: remove one of them")
-    return files, names
+    return [folder / name for name in files], names
 
 
 # -- folders out
 
 
-def write_folder(folder, fill):
-    """Make `folder` by calling fill(temporary folder) and renaming it into place.
-
-    An existing folder of that name is replaced only once the new one is whole.
-    """
-    folder = Path(folder)
+@contextmanager
+def replacing(folder):
+    """A new folder to fill, which takes the place of `folder` once it is whole, or vanishes."""
     temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{x}") for x in ("tmp", "old"))
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        fill(temporary)
+        yield temporary
         if folder.exists():
             folder.rename(old)
         temporary.rename(folder)
@@ -205,8 +172,7 @@ def write_folder(folder, fill):
 def write_model(folder, config, tensors, dtype, tokenizer=None, shard_bytes=SHARD_BYTES):
     """Write a Hugging Face folder: config, weights, generation settings and, if given, the
     tokenizer. Weights of more than shard_bytes in `dtype` are written in several files."""
-
-    def write(path):
+    with replacing(Path(folder)) as path:
         write_json(path / "config.json", config_json(config, str(dtype).removeprefix("torch.")))
         generation = {**config.generation, "eos_token_id": config.eos_token_id or None}
         write_json(path / "generation_config.json", generation)
@@ -214,13 +180,11 @@ def write_model(folder, config, tensors, dtype, tokenizer=None, shard_bytes=SHAR
         if tokenizer is not None:
             tokenizer.save(path)
 
-    write_folder(folder, write)
-
 
 def write_weights(folder, tensors, dtype, shard_bytes):
     """Tensors -> one safetensors file or several with their index, one at a time in memory."""
-    shards = split({name: t.numel() * dtype.itemsize for name, t in tensors.items()}, shard_bytes)
-    index = {}
+    sizes = {name: t.numel() * dtype.itemsize for name, t in tensors.items()}
+    shards, index = split(sizes, shard_bytes), {}
     for i, names in enumerate(shards, 1):
         name = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE
         shard = {key: tensors[key].detach().to("cpu", dtype).contiguous() for key in names}
@@ -228,11 +192,8 @@ def write_weights(folder, tensors, dtype, shard_bytes):
         shutil.copymode(folder / "config.json", folder / name)  # not just the owner's
         index |= dict.fromkeys(names, name)
     if len(shards) > 1:
-        size = sum(t.numel() for t in tensors.values()) * dtype.itemsize
-        write_json(
-            folder / f"{SINGLE}.index.json",
-            {"metadata": {"total_size": size}, "weight_map": index},
-        )
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
+        write_json(folder / f"{SINGLE}.index.json", index)
 
 
 def split(sizes, limit):

@@ -18,16 +18,9 @@ from nanorrm.config import UserError
 from nanorrm.files import read_json
 
 THINK, END_THINK = "<think>", "</think>"
-FILES = (  # what a tokenizer may consist of
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
+# what a tokenizer may consist of
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
+FILES += ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 
 
 class Tokenizer:
@@ -51,17 +44,17 @@ class Tokenizer:
         """Read tokenizer.json and the chat template, in any of the forms it is stored in."""
         folder = Path(folder)
         spec = read_json(folder / "tokenizer.json")
-        path = folder / "tokenizer_config.json"
-        config = read_json(path) if path.exists() else {}
+        config = read_if_there(folder / "tokenizer_config.json")
         template = read_chat_template(folder, config)
-        names = {}
-        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-            value = config.get(name)
-            if value:
-                names[name] = value["content"] if isinstance(value, dict) else value
+        special = {name: config.get(f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
+        special = {
+            f"{name}_token": value["content"] if isinstance(value, dict) else value
+            for name, value in special.items()
+            if value
+        }
         files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).exists()}
         try:
-            return cls(spec, template, names, files)
+            return cls(spec, template, special, files)
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{folder}/tokenizer.json: not a tokenizer ({error})") from None
 
@@ -109,19 +102,11 @@ class Tokenizer:
         return ids
 
     def render(self, messages):
-        """The chat template's text for messages, with the variables that transformers gives it.
-
-        strftime_now is left out: a prompt should not depend on the day (Llama 3 then takes a fixed
-        one).
-        """
+        """The chat template's text for messages, with the variables that transformers gives it, but
+        strftime_now: a prompt should not depend on the day (Llama 3 then takes a fixed one)."""
+        given = {"messages": messages, "tools": None, "documents": None, **self.special_names}
         try:
-            return compiled(self.chat_template).render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                **self.special_names,
-            )
+            return compiled(self.chat_template).render(**given, add_generation_prompt=True)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise UserError(f"the chat template can't render this prompt: {error}") from None
 
@@ -142,11 +127,16 @@ class Tokenizer:
         return self.full.get_vocab_size()
 
 
+def read_if_there(path):
+    """The object in a JSON file, {} if there is no such file."""
+    return read_json(path) if path.exists() else {}
+
+
 def read_chat_template(folder, config):
     """The jinja2 source of a folder's chat template, or None.
 
-    It lies in chat_template.jinja, in tokenizer_config.json (a string, or a list of named ones, of
-    which "default" is ours) or in chat_template.json.
+    It lies in chat_template.jinja, in config (of tokenizer_config.json: a string, or a list of
+    named ones, of which "default" is ours) or in chat_template.json.
     """
     path = folder / "chat_template.jinja"
     if path.exists():
@@ -155,9 +145,9 @@ def read_chat_template(folder, config):
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: not readable as text ({error})") from None
     path, template = folder / "tokenizer_config.json", config.get("chat_template")
-    if template is None and (folder / "chat_template.json").exists():
+    if template is None:
         path = folder / "chat_template.json"
-        template = read_json(path).get("chat_template")
+        template = read_if_there(path).get("chat_template")
     if isinstance(template, list):
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
         if "default" not in named:
@@ -175,13 +165,12 @@ def compiled(template):
     sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
+
+    def raise_exception(message):  # called by templates that refuse a conversation
+        raise jinja2.TemplateError(message)
+
     sandbox.globals["raise_exception"] = raise_exception
     return sandbox.from_string(template)
-
-
-def raise_exception(message):
-    """What chat templates call when they refuse a conversation."""
-    raise jinja2.TemplateError(message)
 
 
 def after_thinking(text, opened=False):

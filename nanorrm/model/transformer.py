@@ -33,13 +33,14 @@ class Attention(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.head_dim, bias = c.head_dim, c.attention_bias
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
-        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        C, D, bias = c.hidden_size, c.head_dim, c.attention_bias
+        self.head_dim = D
+        self.q_proj = nn.Linear(C, c.num_attention_heads * D, bias)
+        self.k_proj = nn.Linear(C, c.num_key_value_heads * D, bias)
+        self.v_proj = nn.Linear(C, c.num_key_value_heads * D, bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * D, C, bias=False)
+        self.q_norm = RMSNorm(D, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(D, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x, attend, layer):
         T = len(x)
@@ -227,7 +228,7 @@ class Transformer(nn.Module):
     def skeleton(cls, folder, dtype=torch.float32):
         """The model that a folder's config.json describes, on meta: shapes without memory.
 
-        What remains is `materialise`, before which a caller may shard it, and `checkpoint.fill`.
+        What remains is `materialise`, before which a caller may shard it, and `hf_folder.fill`.
         """
         with torch.device("meta"):
             model = cls(hf_folder.read_config(folder))
@@ -258,7 +259,7 @@ class Transformer(nn.Module):
     def save_pretrained(self, folder, tokenizer=None, dtype=None, **limits):
         """Write a Hugging Face folder that transformers and vLLM open.
 
-        dtype of the files: by default the model's own; shard_bytes: as checkpoint.write_model.
+        dtype of the files: by default the model's own; shard_bytes: as hf_folder.write_model.
         """
         dtype = dtype or self.head.dtype
         tensors = dict(self.named_parameters())

@@ -15,7 +15,6 @@ from nanorrm.config import UserError
 from nanorrm.engine.engine import Engine
 from nanorrm.engine.sampling import SamplingParams
 from nanorrm.model import hf_folder
-from nanorrm.model import hf_folder as checkpoint
 from nanorrm.model.architectures import CLASSES, RopeScaling
 from nanorrm.model.transformer import Transformer, rope_tables
 
@@ -299,6 +298,15 @@ def test_tensor_that_does_not_fit_is_named(folder, change, words):
     assert words in refusal(folder)
 
 
+def test_tensor_that_is_in_no_shard_is_missing(shards):
+    """Neither in the files nor in the index: it must not stay what the memory held."""
+    index = shards / "model.safetensors.index.json"
+    raw = json.loads(index.read_text())
+    rewrite(shards / raw["weight_map"].pop(NAME), lambda t: t.pop(NAME))
+    index.write_text(json.dumps(raw))
+    assert f"{NAME} is missing" in refusal(shards)
+
+
 def test_all_problems_are_listed_and_the_rest_counted(shards):
     first, second, third, *_ = sorted(shards.glob("*.safetensors"))
     lost = list(load_file(first))
@@ -409,7 +417,7 @@ def test_failed_save_leaves_the_old_folder(folder, monkeypatch, at):
         if len(calls) == at:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr(hf_folder, "save_file", full_disk)
     with pytest.raises(UserError, match="No space left"):
         tiny.model(seed=1).save_pretrained(folder, shard_bytes=10_000)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
