@@ -1,10 +1,9 @@
 """Generation: continuous batching with chunked prefill over a paged cache with prefix reuse.
 
 A request is a prompt and n samples. Its prompt is computed once, in chunks under the step's token
-budget, beside the sequences that decode; then the samples fork, sharing the prompt's full blocks.
-Each step gives every running sequence one token; finished ones leave, waiting ones join. When the
-pool runs out, the newest sequence gives its blocks back and is computed again later. Nothing is
-lost by that: a sequence's noise depends on its stream and positions only.
+budget, beside the sequences that decode; then the samples fork. Each step gives every running
+sequence one token; finished ones leave, waiting ones join (scheduler.py). What a sequence draws
+depends on its stream and positions only, so it may be preempted and computed again.
 """
 
 import time
@@ -141,7 +140,8 @@ class Engine:
             self._mixed(chunks)
         elif rows.n:
             for _ in range(turns):
-                self._decode(turns)
+                self.graphs.run(rows.n, rows.width_for(turns))
+                rows.lengths[: rows.n] += 1
         done = rows.state.done[: rows.n].nonzero()[:, 0].tolist()  # waits for a GPU
         clock.append(time.perf_counter())
         used = 1 - scheduler.pool.free / len(scheduler.pool)
@@ -179,10 +179,9 @@ class Engine:
     @torch.inference_mode()
     def abort(self, request):
         """Stop a request. Returns [(request, sample, Completion)] of its unfinished samples."""
-        out = []
+        out, tags = [], self.tokenizer.think_ids
         for s in self.scheduler.remove(request):
-            think = s.started(*self.tokenizer.think_ids).think_tokens
-            out.append(self._completion(s, s.generated, think, "abort"))
+            out.append(self._completion(s, s.generated, s.started(*tags).think_tokens, "abort"))
         rows = [i for i, s in enumerate(self.rows.sequences) if s.request == request]
         return out + self._finish(dict.fromkeys(rows, "abort"))
 
@@ -255,13 +254,7 @@ class Engine:
         longest = blocks_for(c.max_position_embeddings, config.block_size)
         return min(num_blocks, config.max_batch * longest)
 
-    # -- model steps
-
-    def _decode(self, turns):
-        """One token for every row."""
-        rows = self.rows
-        self.graphs.run(rows.n, rows.width_for(turns))
-        rows.lengths[: rows.n] += 1
+    # -- a step with prompts in it
 
     def _mixed(self, chunks):
         """Chunks of prompts beside one token for every row, in one pass."""

@@ -33,8 +33,7 @@ class Scheduler:
                 self.prefilling.remove(group)
                 self._wait_again(group)  # those of other requests stay there
         removed = [s for s in self.waiting if s.request == request]
-        for s in removed:
-            self.waiting.remove(s)
+        self.waiting = deque(s for s in self.waiting if s.request != request)
         return removed
 
     # -- when blocks are short
@@ -100,7 +99,7 @@ class Scheduler:
         found = pool.find(leader.names[: (len(tokens) - 1) // config.block_size])
         # owned from here on, so that they no longer count as free, nor are allocated below
         pool.share(found)
-        # leave what those running will soon ask for, or they would be preempted for the newcomer
+        # leave what those running will soon ask for, or the newcomer would be preempted at once
         spare = running // config.block_size + 1 if running else 0
         need = blocks_for(len(tokens), config.block_size) - len(found)
         if need + spare > pool.free:
@@ -121,11 +120,9 @@ class Scheduler:
         while self.waiting and len(followers) < most:
             s = self.waiting[0]
             # between requests prompts are shared only where prefixes are
-            alike = s.request == leader.request or (
-                self.config.prefix_cache and s.prompt == leader.prompt
-            )
-            # one that has generated since its prompt has other tokens to compute
-            if not alike or s.generated.ids or leader.generated.ids:
+            shares = s.request == leader.request or self.config.prefix_cache
+            # what one has generated since its prompt it does not share
+            if not shares or s.prompt != leader.prompt or s.generated.ids or leader.generated.ids:
                 break
             # full blocks are never written again; a partial end becomes a copy, each writes its own
             if bool(partial) + spare > self.pool.free:
