@@ -89,28 +89,29 @@ def preference_update(trainer, step, preferences, cfg):
         for sample in item.samples():  # adds up to the pair's share of the batch, 0 if idle
             share = 1 / len(preferences) / len(sample.target)
             sample.values["share"] = [share] * len(sample.target)
-    plan = trainer.batches(preferences)
-    for batch in plan:
-        batch.values["sequence"] = batch.sequences()
+    for batch in trainer.batches(preferences):
+        logp, _ = trainer.logprobs(batch)  # [N]
+        trainer.backward(*batch_loss(logp, batch, cfg))
+    return trainer.step(step)
 
-    def part(values, logp, entropy):
-        own = values["trained"]  # 0 for what the engine wrote itself
-        columns = torch.stack([logp * own, values["ref_logp"] * own, values["share"]], 1)  # [N, 3]
-        size = int(values["sequence"][-1]) + 1
-        sums = columns.new_zeros(size, 3).index_add(0, values["sequence"], columns)
-        (chosen, ref_chosen, share), (rejected, ref_rejected, _) = sums[0::2].T, sums[1::2].T
-        losses, won, lost = dpo_loss(
-            chosen, rejected, ref_chosen, ref_rejected, cfg.beta, cfg.label_smoothing
-        )
-        shown = {
-            "rewards/chosen": won,
-            "rewards/rejected": lost,
-            "rewards/margins": won - lost,
-            "rewards/accuracies": won > lost,
-            "logps/chosen": chosen.detach(),
-            "logps/rejected": rejected.detach(),
-        }
-        means = {name: (value * share.detach()).sum() for name, value in shown.items()}
-        return (losses * share).sum(), means
 
-    return trainer.step(plan, part, trainer.rate(step))
+def batch_loss(logp, batch, cfg):
+    """A micro-batch's part of DPO's loss, logp [N], and of the metrics: means over the pairs."""
+    own, of = batch.values["trained"], batch.sequences()  # own: 0 for what the engine wrote itself
+    columns = (logp * own, batch.values["ref_logp"] * own, batch.values["share"])
+    columns = torch.stack(columns, 1)  # [N, 3]
+    sums = columns.new_zeros(len(batch.cu_seqlens) - 1, 3).index_add(0, of, columns)
+    (chosen, ref_chosen, share), (rejected, ref_rejected, _) = sums[0::2].T, sums[1::2].T
+    losses, won, lost = dpo_loss(
+        chosen, rejected, ref_chosen, ref_rejected, cfg.beta, cfg.label_smoothing
+    )
+    shown = {
+        "rewards/chosen": won,
+        "rewards/rejected": lost,
+        "rewards/margins": won - lost,
+        "rewards/accuracies": won > lost,
+        "logps/chosen": chosen.detach(),
+        "logps/rejected": rejected.detach(),
+    }
+    means = {name: (value * share.detach()).sum() for name, value in shown.items()}
+    return (losses * share).sum(), means

@@ -133,6 +133,19 @@ def importance_weights(log_ratio, cfg):
     return torch.ones_like(ratio), torch.zeros_like(outside)
 
 
+def batch_loss(logp, entropy, values, cfg):
+    """`policy_loss` of a micro-batch, and its sums with the entropy's.
+
+    logp, entropy [N] of the current weights; values: packing.Batch's, under the names of
+    policy_loss's parameters. Without old_logp these are the weights that the update began with.
+    """
+    v, old_logp = values, values.get("old_logp", logp.detach())
+    loss, sums = policy_loss(
+        logp, old_logp, v["rollout_logp"], v["adv"], v["weight"], cfg, v.get("ref_logp")
+    )
+    return loss, {**sums, "entropy": entropy.detach()[values["weight"] != 0].sum()}
+
+
 def policy_loss(logp, old_logp, rollout_logp, adv, weight, cfg, ref_logp=None):
     """The clipped policy loss of some tokens, and what a debugger wants to know of them.
 

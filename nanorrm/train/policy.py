@@ -29,11 +29,8 @@ class Policy:
         release=False,
     ):
         self.backend, self.keep_tokens, self.release = backend, keep_tokens, release
-        self.decoding = {
-            "temperature": temperature,
-            "max_tokens": max_tokens,
-            "max_think_tokens": max_think_tokens,
-        }
+        self.decoding = {"temperature": temperature, "max_tokens": max_tokens}
+        self.decoding["max_think_tokens"] = max_think_tokens
 
     def prompt(self, query):
         """Prompt ids of a query (text or messages): the toy's, or the chat template's."""

@@ -1,17 +1,52 @@
-"""Responses to one query compete and a judge decides: rewards, labels, and the best of several.
+"""How a run is watched: a judge by held-out pairs, a policy by held-out queries and the best of N.
 
-A judge that compares pairs becomes a reward in three steps: who meets whom (`tournament`), what the
-judge says of each match (`Referee`), and what the matches make of each response (`rewards`). The
-same referee labels pairs for DPO and picks the best of N.
+What is held out never changes within a run, nor do its seeds: a curve shows training alone.
 """
 
+import textwrap
 from collections import Counter
 from random import Random
 
 from nanorrm.judge.verdict import NO_ANSWER
+from nanorrm.measure import metrics
+from nanorrm.measure.patterns import patterns
 from nanorrm.measure.statistics import difference, wilson
 from nanorrm.rank.tournament import knockout
 from nanorrm.train.curves import accuracy
+
+# -- a judge
+
+
+def evaluate(judge, pairs, budget=None):
+    """Accuracy on held-out pairs, in all and by difficulty, and the patterns of their thinking."""
+    if not pairs:
+        return {}
+    verdicts = judge.compare(pairs, both_orders=False, max_think_tokens=budget)
+    stats = {"eval/accuracy": metrics.summarize(pairs, verdicts)["accuracy"]}
+    for terms in sorted({pair.meta["terms"] for pair in pairs if "terms" in pair.meta}):
+        chosen = [(p, v) for p, v in zip(pairs, verdicts) if p.meta.get("terms") == terms]
+        stats[f"eval/accuracy_{terms}_terms"] = metrics.summarize(*zip(*chosen))["accuracy"]
+    shares = patterns([thought for verdict in verdicts for thought in verdict.thoughts])
+    return stats | {f"eval/patterns_{group}": share for group, share in shares.items()}
+
+
+def show(judge, pairs, budget=None):
+    """[(thought, verdict), ...] of pairs, by one vote each in the given order: the examples."""
+    verdicts = judge.compare(pairs, both_orders=False, max_think_tokens=budget)
+    return [(v.thoughts[0] if v.thoughts else "", v.winner) for v in verdicts]
+
+
+def examples(pairs, before, after):
+    """Held-out pairs with the thinking before and after training, as lines of text."""
+    for pair, *answers in zip(pairs, before, after):
+        query, a, b = (textwrap.shorten(str(text), 200) for text in (pair.query, pair.a, pair.b))
+        yield f"\n{query!r}  1: {a!r}  2: {b!r}  (right: {pair.label})"
+        for when, (thought, winner) in zip(("before", "after"), answers):
+            mark = "right" if winner == pair.label else "wrong"
+            yield f"  {when:6s} thinks {textwrap.shorten(thought, 400)!r}, says {winner} ({mark})"
+
+
+# -- a policy
 
 ANCHOR_SEED, EVAL_SEED = 2**32, 2**32 + 1  # of held-out responses, always the same; apart
 
