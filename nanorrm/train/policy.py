@@ -72,9 +72,9 @@ def last_tokens(tokenizer, text, n):
     return tokenizer.decode(ids[-n:]) if len(ids) > n else text
 
 
-def open_policy(cfg, engine):
-    """The Policy of a PolicyRunConfig, its work shared by all ranks."""
-    return Policy(
+def open_policy(cfg, engine, kind=Policy):
+    """The Policy of a PolicyRunConfig, its work shared by all ranks. kind: Policy or a child."""
+    return kind(
         ranks.RankSharedEngine(engine),
         cfg.temperature,
         cfg.max_tokens,
