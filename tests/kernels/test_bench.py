@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import bench, bench_measure, bench_peers, bench_tune, tiles
-from kernels.bench_cases import MODELS, OPS, cases
+from kernels import tiles
+from kernels.bench import __main__ as bench
+from kernels.bench import measure, peers, tune
+from kernels.bench.cases import MODELS, OPS, cases
 
 TINY = [case for op in OPS for case in cases(op, small=True)]
 CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="tests what happens without a GPU")
@@ -51,7 +53,7 @@ def test_every_call_is_built_right(case):
 def test_even_sdpa_is_the_same_operation():
     q, k, v = (torch.randn(24, h, 8) for h in (4, 2, 2))
     bounds = torch.tensor([0, 8, 16, 24])
-    out = bench_peers.sdpa_even(3)(q, k, v, bounds)  # [B, H, L, D]
+    out = peers.sdpa_even(3)(q, k, v, bounds)  # [B, H, L, D]
     expected = cases("attention", small=True)[0].calls["torch"](q, k, v, bounds)()
     torch.testing.assert_close(out.transpose(1, 2).flatten(0, 1), expected)
 
@@ -73,7 +75,7 @@ def test_each_operation_meets_each_model():
 
 
 def test_ours_is_measured_first_and_what_compiles_long_last():
-    names = [name for _, name in bench_measure.plan(list(OPS), "cuda", quick=False)]
+    names = [name for _, name in measure.plan(list(OPS), "cuda", quick=False)]
     assert names.index("torch") > max(i for i, n in enumerate(names) if n == "triton")
     assert names.index("compiled") > max(i for i, n in enumerate(names) if n == "torch")
 
@@ -96,21 +98,21 @@ def test_a_failing_call_is_a_row():
         "wrapped": failing(missing),
     }
     ceiling = {"copy": 1e9, "matmul": 1e9}
-    found = {n: bench_measure.measure(case, n, inputs, "cpu", 0, ceiling) for n in case.calls}
+    found = {n: measure.measure(case, n, inputs, "cpu", 0, ceiling) for n in case.calls}
     assert found["broken"]["error"] == "RuntimeError: boom"
     assert found["absent"]["missing"] == found["wrapped"]["missing"] == "some_peer"
     assert all(bench.line(row) for row in found.values())
 
 
 def test_missing_peers_are_named():
-    found = bench_peers.versions()
+    found = peers.versions()
     assert set(found) == {"flash-attn", "liger", "cut-cross-entropy", "flashinfer"}
 
 
 def test_out_of_time_is_said():
-    listed = bench_measure.plan(["swiglu"], "cpu", quick=True)
+    listed = measure.plan(["swiglu"], "cpu", quick=True)
     past = time.time() - 1
-    found = list(bench_measure.rows(listed, "cpu", 0, {}, deadline=past))
+    found = list(measure.rows(listed, "cpu", 0, {}, deadline=past))
     assert len(found) == len(listed) and all("out of time" in row["error"] for row in found)
 
 
@@ -138,7 +140,7 @@ def test_a_crash_and_a_hang_cost_one_row_each():
         assert (ceiling is None) == (skip == 0)
         return [sys.executable, "-c", CHILD, str(skip)]
 
-    bench_measure.supervise(command, listed, lambda *x: got.append(x), silence=3)
+    measure.supervise(command, listed, lambda *x: got.append(x), silence=3)
     assert [kind for kind, _ in got] == ["ceilings", "row", "row", "row", "row"]
     values = [value for _, value in got[1:]]
     assert values[0] == {"i": 0} and values[3] == {"i": 3}
@@ -150,7 +152,7 @@ def test_a_child_that_never_starts_is_an_error():
     listed = [(case, "triton") for case in TINY[:2]]
     command = [sys.executable, "-c", "raise SystemExit('no driver')"]
     with pytest.raises(RuntimeError, match="no driver"):
-        bench_measure.supervise(lambda *_: command, listed, lambda *_: None)
+        measure.supervise(lambda *_: command, listed, lambda *_: None)
 
 
 def test_unknown_operation(capsys):
@@ -166,8 +168,8 @@ def test_tuning_needs_a_gpu():
 
 
 def test_every_table_entry_worth_tuning_exists():
-    assert set(bench_tune.MEASURED_BY) <= set(tiles.TILES)
-    for public, phase in bench_tune.MEASURED_BY.values():
+    assert set(tune.MEASURED_BY) <= set(tiles.TILES)
+    for public, phase in tune.MEASURED_BY.values():
         assert any(case.phase == phase for case in cases(public))
 
 
@@ -177,7 +179,7 @@ def test_rewriting_the_table(tmp_path):
     limits = {"bytes": 2, "D": 128}
     for BM in (32, 256):
         values = {"BM": BM, "BN": 64, "num_warps": 4, "num_stages": 2}
-        source = bench_tune.rewrite(source, "attention_dq", "sm_90", limits, values, "measured")
+        source = tune.rewrite(source, "attention_dq", "sm_90", limits, values, "measured")
     scope = {}
     exec(compile(source, "tiles.py", "exec"), scope)
     assert scope["tile"]("attention_dq", "sm_90", **limits)["BM"] == 256
@@ -186,14 +188,14 @@ def test_rewriting_the_table(tmp_path):
     assert len(scope["TILES"]["attention_dq"]) == len(tiles.TILES["attention_dq"]) + 1
     assert len(re.findall("measured\n", source)) == 1
     with pytest.raises(ValueError, match="no list for nothing"):
-        bench_tune.rewrite(source, "nothing", "sm_90", {}, {}, "")
+        tune.rewrite(source, "nothing", "sm_90", {}, {}, "")
 
 
 def test_descent_skips_what_does_not_run():
     def time_of(values):
         return None if values["BM"] > 64 else 1 / values["BM"]
 
-    best, spent, _ = bench_tune.descend({"BM": 16, "num_warps": 4}, time_of)
+    best, spent, _ = tune.descend({"BM": 16, "num_warps": 4}, time_of)
     assert best["BM"] == 64 and spent == 1 / 64
 
 

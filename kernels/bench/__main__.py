@@ -34,9 +34,9 @@ from pathlib import Path
 
 import torch
 
-from kernels.bench_cases import OPS
-from kernels.bench_measure import ceilings, plan, rows, supervise
-from kernels.bench_peers import versions
+from kernels.bench.cases import OPS
+from kernels.bench.measure import ceilings, plan, rows, supervise
+from kernels.bench.peers import versions
 from kernels.triton_compat import HAVE_TRITON, triton
 
 
@@ -128,7 +128,7 @@ def main(argv=None):
     if args.child:
         return child(args)
     if args.tune:
-        from kernels.bench_tune import tune
+        from kernels.bench.tune import tune
 
         return tune(args.ops, args.seconds, time.time() + 60 * args.minutes)
 
@@ -183,7 +183,7 @@ def main(argv=None):
 
         supervise(command, listed, receive)
     if args.plot:
-        from kernels.bench_plot import plot
+        from kernels.bench.plot import plot
 
         plot(results, args.plot)
     print(json.dumps(results))

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import torch
 
 import kernels
-from kernels import bench_peers as peers
 from kernels import (
     flash_attention,
     linear_logprob,
@@ -21,6 +20,7 @@ from kernels import (
     sampling_head,
     swiglu_act,
 )
+from kernels.bench import peers
 from kernels.rms_norm import reference as rms_norm_reference
 
 

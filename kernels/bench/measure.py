@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from kernels.bench_cases import MODELS, cases
+from kernels.bench.cases import MODELS, cases
 
 SILENCE = 150  # seconds without a word after which the child counts as hung
 SHORT = 3e-4  # seconds; below it a call is captured in a graph

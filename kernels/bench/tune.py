@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from kernels import tiles
-from kernels.bench_cases import cases
-from kernels.bench_measure import percentiles, time_cuda
+from kernels.bench.cases import cases
+from kernels.bench.measure import percentiles, time_cuda
 
 # Table entry -> the operation and phase that runs its kernel.
 MEASURED_BY = {
