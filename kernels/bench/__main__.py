@@ -12,9 +12,10 @@ operations a second of a large bf16 product. Then each operation at shapes of Qw
 bytes or operations come to at the median, and the peak of memory beyond the inputs. `ratio` is a
 peer's median over ours: 2.0 means that ours takes half the time.
 
-Times are CUDA events around one call, with a write larger than the L2 cache before each, so that no
-input is found there by luck. Calls below a third of a millisecond are captured in a CUDA graph
-where that is possible (`graph`), else the time of launching from Python would be measured.
+Times are Triton's `do_bench`: CUDA events around one call, with a write larger than the L2 cache
+before each, so that no input is found there by luck. Calls below a millisecond are captured in a
+CUDA graph where that is possible (`graph`), else the time of launching from Python would be
+measured.
 
 The measuring is done in a child process: a kernel that crashes or hangs costs its own line of the
 table and no other. On a machine without a GPU the PyTorch references are measured at small
@@ -28,40 +29,24 @@ import json
 import os
 import platform
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 
 from kernels.bench.cases import OPS
-from kernels.bench.measure import ceilings, plan, rows, supervise
+from kernels.bench.measure import plan, supervise
 from kernels.bench.peers import versions
+from kernels.bench.plot import picture
+from kernels.bench.tune import tune
 from kernels.triton_compat import HAVE_TRITON, triton
-
-
-def say(kind, value):
-    """One line of the child's talk with its parent."""
-    print(f"@{kind} {json.dumps(value)}", flush=True)
-
-
-def child(args):
-    """Measure and talk. Runs in a process of its own."""
-    ceiling = args.ceilings or ceilings("cuda", args.seconds)
-    say("ceilings", ceiling)
-    listed = plan(args.ops, "cuda", args.quick)
-    started = lambda i: say("start", i)  # noqa: E731
-    for row in rows(listed, "cuda", args.seconds, ceiling, args.skip, args.deadline, started):
-        say("row", row)
 
 
 def describe(device):
     """What a reader of the numbers must know about the machine."""
     name = platform.processor() or platform.machine()
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
     return {
-        "device": name,
+        "device": torch.cuda.get_device_name() if device == "cuda" else name,
         "torch": torch.__version__,
         "triton": triton.__version__ if HAVE_TRITON else None,
         "cuda": torch.version.cuda,
@@ -73,30 +58,28 @@ def describe(device):
 
 def line(row):
     """A row for people."""
-    head = f"{row['op']:<16}{row['phase']:<17}{row['model']:<7}{row['shape']:<44}{row['impl']:<18}"
-    if "missing" in row:
-        return head + f"missing: {row['missing']}"
-    if "error" in row:
-        return head + row["error"]
-    us, unit = row["us"], f"{row['gbs']:>8.0f} GB/s"
-    if row["bound"] == "matmul":
-        unit = f"{row['tflops']:>8.1f} TF/s"
-    peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:>9.0f} MiB"
-    ratio = f"  x{row['ratio']:.2f}" if "ratio" in row else ""
-    text = f"{us['p50']:>10.1f} us ({us['p20']:.1f} to {us['p80']:.1f}){unit}{row['share']:>7.1%}"
-    return head + text + peak + ratio
+    text = f"{row['op']:<16}{row['phase']:<17}{row['model']:<7}{row['shape']:<44}{row['impl']:<18}"
+    if "us" not in row:
+        return text + (row.get("error") or f"missing: {row['missing']}")
+    us = row["us"]
+    text += f"{us['p50']:>10.1f} us ({us['p20']:.1f} to {us['p80']:.1f})"
+    rate = f"{row['gbs']:>8.0f} GB/s" if row["bound"] == "copy" else f"{row['tflops']:>8.1f} TF/s"
+    text += f"{rate}{row['share']:>7.1%}"
+    text += "" if row["peak_mib"] is None else f"{row['peak_mib']:>9.0f} MiB"
+    return text + (f"  x{row['ratio']:.2f}" if "ratio" in row else "")
 
 
-def write(path, text):
-    """Beside, then renamed: a reader never finds half a file."""
+def write(path, content):
+    """Bytes to a file, beside it and then renamed: a reader never finds half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_bytes(content)
+    beside.replace(path)
 
 
-def main(argv=None):
+def parse(argv):
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m kernels.bench", description=__doc__.split("\n")[0]
     )
@@ -109,83 +92,51 @@ def main(argv=None):
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="start nothing new after these")
     parser.add_argument("--seconds", type=float, help="of a measurement (0.3; 0.1 with --quick)")
-    for name, kind in (
-        ("child", int),
-        ("skip", int),
-        ("ceilings", json.loads),
-        ("deadline", float),
-    ):
-        parser.add_argument(f"--{name}", type=kind, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    unknown = [op for op in args.ops if op not in OPS]
-    if unknown:
-        parser.error(f"no operation {unknown[0]!r}; there are {', '.join(OPS)}")
+    for op in args.ops:
+        if op not in OPS:
+            parser.error(f"no operation {op!r}; there are {', '.join(OPS)}")
     args.ops = args.ops or list(OPS)
     args.seconds = args.seconds or (0.1 if args.quick else 0.3)
+    return args
+
+
+def main(argv=None):
+    args, deadline = parse(argv), time.time()
+    deadline += 60 * args.minutes
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.tune and device == "cpu":
-        sys.exit("kernels.bench --tune: measures on a GPU, and there is none here")
-    if args.child:
-        return child(args)
     if args.tune:
-        from kernels.bench.tune import tune
+        if device == "cpu":
+            sys.exit("kernels.bench --tune: measures on a GPU, and there is none here")
+        return tune(args.ops, args.seconds, deadline)
 
-        return tune(args.ops, args.seconds, time.time() + 60 * args.minutes)
-
-    results = {"machine": describe(device), "ceilings": None, "rows": []}
-    listed = plan(args.ops, device, args.quick)
-    medians = {}
-
-    def receive(kind, value):
-        if kind == "ceilings":
-            results["ceilings"] = value
-            print(f"ceilings: copy {value['copy'] / 1e9:,.0f} GB/s, "
-                  f"product {value['matmul'] / 1e12:,.2f} TFLOP/s\n", flush=True)  # fmt: skip
-        else:
-            key = value["op"], value["phase"], value["model"], value["shape"]
-            if "us" in value and value["impl"] == "triton":
-                medians[key] = value["us"]["p50"]
-            elif "us" in value and key in medians:
-                value["ratio"] = round(value["us"]["p50"] / medians[key], 3)
-            results["rows"].append(value)
-            print(line(value), flush=True)
-        if args.json:
-            write(args.json, json.dumps(results, indent=1))
-
-    machine = results["machine"]
+    machine = describe(device)
     print(f"{machine['device']}, torch {machine['torch']}, triton {machine['triton']}")
     missing = [name for name, version in machine["peers"].items() if version is None]
     print("peers missing: " + (", ".join(missing) or "none"))
     if device == "cpu":
         print("no GPU: measuring the PyTorch references in fp32 at small shapes, no kernel")
-        receive("ceilings", ceilings("cpu", args.seconds))
-        for row in rows(listed, "cpu", min(args.seconds, 0.1), results["ceilings"]):
-            receive("row", row)
-    else:
-        options = [
-            *args.ops,
-            f"--seconds={args.seconds}",
-            f"--deadline={time.time() + 60 * args.minutes}",
-        ]
-        options += ["--quick"] if args.quick else []
-
-        def command(skip, ceiling):
-            known = [f"--ceilings={json.dumps(ceiling)}"] if ceiling else []
-            return [
-                sys.executable,
-                "-m",
-                "kernels.bench",
-                *options,
-                "--child=1",
-                f"--skip={skip}",
-                *known,
-            ]
-
-        supervise(command, listed, receive)
+        args.seconds = min(args.seconds, 0.1)
+    results = {"machine": machine, "ceilings": None, "rows": []}
+    medians = {}  # of ours, by case
+    options = args.ops, device, args.quick, args.seconds, deadline
+    for kind, value in supervise(plan(*options[:3]), options):
+        if kind == "ceilings":
+            results["ceilings"] = value
+            print(f"ceilings: copy {value['copy'] / 1e9:,.0f} GB/s, "
+                  f"product {value['matmul'] / 1e12:,.2f} TFLOP/s\n", flush=True)  # fmt: skip
+        else:
+            case = value["op"], value["phase"], value["model"], value["shape"]
+            if "us" in value and value["impl"] == "triton":
+                medians[case] = value["us"]["p50"]
+            elif "us" in value and case in medians:
+                value["ratio"] = round(value["us"]["p50"] / medians[case], 3)
+            results["rows"].append(value)
+            print(line(value), flush=True)
+        if args.json:
+            write(args.json, json.dumps(results, indent=1).encode())
     if args.plot:
-        from kernels.bench.plot import plot
-
-        plot(results, args.plot)
+        write(args.plot, picture(results, Path(args.plot).suffix))
     print(json.dumps(results))
 
 

@@ -7,6 +7,8 @@ of the shipped tile, else it is not taken. What won by more than 2% is written t
 for this architecture, ahead of the others, with the device's name above it.
 """
 
+import json
+import re
 import time
 from pathlib import Path
 
@@ -14,24 +16,9 @@ import torch
 
 from kernels import tiles
 from kernels.bench.cases import cases
-from kernels.bench.measure import percentiles, time_cuda
+from kernels.bench.measure import DTYPES, TIMERS, percentiles
+from kernels.dispatch import TOLERANCE, difference
 
-# Table entry -> the operation and phase that runs its kernel.
-MEASURED_BY = {
-    "attention_forward": ("attention", "forward"),
-    "attention_dkdv": ("attention", "backward"),
-    "attention_dq": ("attention", "backward"),
-    "paged_decode": ("paged_attention", "forward"),
-    "paged_combine": ("paged_attention", "forward"),
-    "paged_prefill": ("paged_prefill", "forward"),
-    "logprob_forward": ("logprob", "forward"),
-    "logprob_backward": ("logprob", "backward"),
-    "sample": ("sample", "forward"),
-    "rms_norm_forward": ("rms_norm", "forward"),
-    "rms_norm_backward": ("rms_norm", "backward"),
-    "rope": ("rope_write", "forward"),
-    "swiglu": ("swiglu", "forward"),
-}
 WORTH = 0.98  # a new tile must take at most this share of the old one's time
 
 
@@ -42,16 +29,11 @@ def neighbours(values):
     [32, 128, 64, 64]
     """
     for name, value in values.items():
+        others = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
         if isinstance(value, bool):
-            others = [not value]
-        elif name == "num_stages":
-            others = [value - 1, value + 1]
-        elif name == "num_warps":
-            others = [n for n in (value // 2, value * 2) if 1 <= n <= 16]
-        else:
-            others = [value // 2, value * 2]
+            others = (not value,)
         for other in others:
-            if other is False or other >= 1:
+            if isinstance(other, bool) or 1 <= other <= (16 if name == "num_warps" else 2**31):
                 yield {**values, name: other}
 
 
@@ -62,78 +44,80 @@ def descend(start, time_of, deadline=float("inf")):
     >>> best, t
     ({'BM': 128}, 1.0)
     """
-    best, fastest = start, time_of(start)
-    seen = [start]
+    best, fastest, seen = start, time_of(start), [start]
     if fastest is None:
         return start, None, 1
-    moved = True
-    while moved:
-        moved = False
-        for candidate in neighbours(best):
-            if candidate in seen or time.time() > deadline:
-                continue
-            seen.append(candidate)
-            spent = time_of(candidate)
-            if spent is not None and spent < fastest:
-                best, fastest, moved = candidate, spent, True
-                break
+    todo = list(neighbours(best))
+    while todo and time.time() < deadline:
+        candidate = todo.pop(0)
+        if candidate in seen:
+            continue
+        seen.append(candidate)
+        spent = time_of(candidate)
+        if spent is not None and spent < fastest:
+            best, fastest, todo = candidate, spent, list(neighbours(candidate))
     return best, fastest, len(seen)
 
 
 def rewrite(source, op, arch, limits, values, note):
-    """tiles.py's text with this row first in op's list; an older row for the same is dropped."""
+    """tiles.py's text with this row first in op's list; a row tuned before for the same goes."""
     opening = f'    "{op}": [\n'
     if opening not in source:
         raise ValueError(f"tiles.py has no list for {op}")
-    begin = source.index(opening) + len(opening)
-    end = source.index("    ],\n", begin)
-    bounds = ", ".join(f'"{name}": {value!r}' for name, value in limits.items())
-    key = f'        ("{arch}", {{{bounds}}},'
+    before, rest = source.split(opening)
+    rows, closing, after = rest.partition("    ],\n")
+    key = f'        ("{arch}", {json.dumps(limits)},\n'
+    rows = re.sub(rf"        # .*\n{re.escape(key)}         dict\(.*\)\),\n", "", rows)
     inside = ", ".join(f"{name}={value!r}" for name, value in values.items())
-    kept, entry = [], []
-    for line in source[begin:end].splitlines(keepends=True):
-        entry.append(line)
-        if line.lstrip().startswith("#") or not line.rstrip().endswith("),"):
-            continue  # an entry goes on, or has not begun
-        if not any(text.startswith(key) for text in entry):
-            kept += entry
-        entry = []
-    row = f"        # {note}\n{key}\n         dict({inside})),\n"
-    return source[:begin] + row + "".join(kept + entry) + source[end:]
+    row = f"        # {note}\n{key}         dict({inside})),\n"
+    return before + opening + row + rows + closing + after
 
 
-def outputs(result):
-    """The tensors of a call's result, in fp32."""
+def outputs(call):
+    """The floating-point tensors of a call's result, copied."""
+    result = call()
     result = result if isinstance(result, tuple | list) else (result,)
-    return [x.detach().float().clone() for x in result if x.is_floating_point()]
+    return [x.detach().clone() for x in result if x.is_floating_point()]
 
 
-def same(found, expected):
-    """Do two tiles' outputs agree, but for the order of sums?"""
-    return all(
-        torch.allclose(a, b, rtol=5e-2, atol=2e-2 * b.abs().max().item())
-        for a, b in zip(found, expected, strict=True)
-    )
-
-
-def tune_row(op, arch, limits, case, seconds, deadline):
-    """Best values for one row at one case, the shipped ones, and their times."""
-    shipped = list(tiles.TILES[op])
-    start = next(
-        values for names, own, values in shipped if own == limits and arch in names.split()
-    )
+def kernel_call(case, device):
+    """Our kernel at a case, on the same inputs each time."""
     torch.manual_seed(0)
-    inputs = case.inputs("cuda", torch.bfloat16)
-    torch.manual_seed(1)
-    call = case.calls["triton"](*inputs)
-    expected = outputs(call())
+    return case.calls["triton"](*case.inputs(device, DTYPES[device]))
+
+
+def reached(public, device):
+    """{(table entry, its row's limits as JSON): the largest case that takes this row}.
+
+    A table entry that both directions take counts as the forward one's.
+    """
+    found = {}
+    listed = [case for case in cases(public, small=device == "cpu") if "+" not in case.phase]
+    for case in sorted(listed, key=lambda case: (case.phase == "forward", case.flops + case.bytes)):
+        try:
+            call = kernel_call(case, device)
+            tiles.given.clear()  # of what the forward pass took, where the backward one is timed
+            call()
+        except Exception as error:
+            print(f"{case.name}: {error}".splitlines()[0])
+            continue
+        found |= {(entry, json.dumps(limits)): case for entry, limits in tiles.given.items()}
+    return found
+
+
+def tune_row(entry, limits, arch, case, seconds, deadline, device):
+    """Tune one row at a case: (best values, microseconds before and after, number tried)."""
+    shipped = tiles.TILES[entry]
+    start = next(dict(v) for archs, own, v in shipped if own == limits and arch in archs.split())
+    call = kernel_call(case, device)
+    expected = outputs(call)
 
     def time_of(values):
-        tiles.TILES[op] = [(arch, limits, values), *shipped]
+        tiles.TILES[entry] = [(arch, limits, values), *shipped]
         try:
-            if not same(outputs(call()), expected):
+            if difference(outputs(call), expected, TOLERANCE[DTYPES[device]]):
                 return None
-            times, _ = time_cuda(call, seconds, graph=case.phase == "forward")
+            times, _, _ = TIMERS[device](call, seconds, case.phase == "forward")
         except Exception:  # too much shared memory, a shape the compiler refuses
             return None
         spent = percentiles(times)["p50"]
@@ -141,49 +125,32 @@ def tune_row(op, arch, limits, case, seconds, deadline):
         return spent
 
     try:
-        first = time_of(dict(start))
-        best, fastest, tried = descend(dict(start), time_of, deadline)
+        before = time_of(start)
+        best, after, tried = descend(start, time_of, deadline)
     finally:
-        tiles.TILES[op] = shipped
-    return best, first, fastest, tried
+        tiles.TILES[entry] = shipped
+    return best, before, after, tried
 
 
-def tune(ops, seconds, deadline):
-    """Tune every table entry of these operations; rewrites tiles.py after each."""
-    path = Path(tiles.__file__)
-    arch, device = tiles.arch_of(torch.empty(0, device="cuda")), torch.cuda.get_device_name()
-    for op, (public, phase) in MEASURED_BY.items():
-        if public not in ops or op not in tiles.TILES:
-            continue
-        largest = {}  # a row's limits -> the largest case that takes the row
-        for case in cases(public):
-            if case.phase != phase:
-                continue
-            try:
-                torch.manual_seed(0)
-                case.calls["triton"](*case.inputs("cuda", torch.bfloat16))()
-            except Exception as error:
-                print(f"{op}: {case.name}: {error}".splitlines()[0])
-                continue
-            limits = tiles.given.get(op)
-            if limits is None:
-                continue
-            key = tuple(limits.items())
-            size = case.flops + case.bytes
-            if key not in largest or size > largest[key].flops + largest[key].bytes:
-                largest[key] = case
-        for key, case in largest.items():
+def tune(ops, seconds, deadline, device="cuda", path=tiles.__file__):
+    """Tune each table entry that these operations reach; rewrites tiles.py after each row."""
+    arch, path = tiles.arch_of(torch.empty(0, device=device)), Path(path)
+    machine = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    for public in ops:
+        for (entry, limits), case in reached(public, device).items():
             if time.time() > deadline:
-                print(f"{op}: out of time")
-                return 0
-            print(f"{op} {dict(key)} at {case.name}", flush=True)
-            best, first, fastest, tried = tune_row(op, arch, dict(key), case, seconds, deadline)
-            if first is None or fastest > WORTH * first:
+                print(f"{entry}: out of time")
+                return
+            print(f"{entry} {limits} at {case.name}", flush=True)
+            limits = json.loads(limits)
+            best, before, after, tried = tune_row(
+                entry, limits, arch, case, seconds, deadline, device
+            )
+            if before is None or after > WORTH * before:
                 print(f"  kept, {tried} tried")
                 continue
-            note = f"{device}: {fastest:.0f} us, was {first:.0f}"
-            path.write_text(rewrite(path.read_text(), op, arch, dict(key), best, note))
-            tiles.TILES[op].insert(0, (arch, dict(key), best))
-            print(f"  {first:.1f} -> {fastest:.1f} us, {tried} tried: {best}")
+            note = f"{machine}: {after:.0f} us, was {before:.0f}"
+            path.write_text(rewrite(path.read_text(), entry, arch, limits, best, note))
+            tiles.TILES[entry].insert(0, (arch, limits, best))
+            print(f"  {before:.1f} -> {after:.1f} us, {tried} tried: {best}")
     print("run python -m kernels.check and the tests: a faster tile may spill elsewhere")
-    return 0
