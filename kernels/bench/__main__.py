@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 
 from kernels.bench.cases import OPS
-from kernels.bench.measure import plan, supervise
+from kernels.bench.measure import Child, ceilings, rows
 from kernels.bench.peers import versions
 from kernels.bench.plot import picture
 from kernels.bench.tune import tune
@@ -102,8 +102,8 @@ def parse(argv):
 
 
 def main(argv=None):
-    args, deadline = parse(argv), time.time()
-    deadline += 60 * args.minutes
+    args = parse(argv)
+    deadline = time.time() + 60 * args.minutes
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.tune:
         if device == "cpu":
@@ -117,24 +117,24 @@ def main(argv=None):
     if device == "cpu":
         print("no GPU: measuring the PyTorch references in fp32 at small shapes, no kernel")
         args.seconds = min(args.seconds, 0.1)
-    results = {"machine": machine, "ceilings": None, "rows": []}
+    child = Child()
+    ceiling = child.run(ceilings, device, args.seconds)
+    copy, matmul = ceiling["copy"] / 1e9, ceiling["matmul"] / 1e12
+    print(f"ceilings: copy {copy:,.0f} GB/s, product {matmul:,.2f} TFLOP/s\n", flush=True)
+    results = {"machine": machine, "ceilings": ceiling, "rows": []}
     medians = {}  # of ours, by case
-    options = args.ops, device, args.quick, args.seconds, deadline
-    for kind, value in supervise(plan(*options[:3]), options):
-        if kind == "ceilings":
-            results["ceilings"] = value
-            print(f"ceilings: copy {value['copy'] / 1e9:,.0f} GB/s, "
-                  f"product {value['matmul'] / 1e12:,.2f} TFLOP/s\n", flush=True)  # fmt: skip
-        else:
-            case = value["op"], value["phase"], value["model"], value["shape"]
-            if "us" in value and value["impl"] == "triton":
-                medians[case] = value["us"]["p50"]
-            elif "us" in value and case in medians:
-                value["ratio"] = round(value["us"]["p50"] / medians[case], 3)
-            results["rows"].append(value)
-            print(line(value), flush=True)
+    chosen = tuple(args.ops), device, args.quick
+    for row in rows(child, ceiling, args.seconds, chosen, deadline):
+        case = row["op"], row["phase"], row["model"], row["shape"]
+        if "us" in row and row["impl"] == "triton":
+            medians[case] = row["us"]["p50"]
+        elif "us" in row and case in medians:
+            row["ratio"] = round(row["us"]["p50"] / medians[case], 3)
+        results["rows"].append(row)
+        print(line(row), flush=True)
         if args.json:
             write(args.json, json.dumps(results, indent=1).encode())
+    child.end()
     if args.plot:
         write(args.plot, picture(results, Path(args.plot).suffix))
     print(json.dumps(results))

@@ -1,15 +1,15 @@
 """What `kernels.bench` measures: a table of operations, and the cases that it makes.
 
 Each operation has a function that describes it for one model and size, as a tuple: the shape in
-words; a function that makes the inputs (given `randn`, on torch's current device); and for each
-phase the floating-point operations, and the bytes of bf16 that must move at least.
+words; for each phase the floating-point operations, and the bytes of bf16 that must move at least;
+and what makes the inputs (given `randn`, on torch's current device).
 """
 
+from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import NamedTuple
 
 import torch
 
@@ -19,19 +19,8 @@ from kernels.bench.peers import PEERS, always, compiled
 from kernels.rms_norm import reference as rms_norm_reference
 from kernels.swiglu_act import reference as swiglu_reference
 
-
-class Model(NamedTuple):
-    """The numbers of a Qwen2.5 that shapes come from."""
-
-    hidden: int
-    heads: int
-    kv_heads: int
-    D: int
-    mlp: int
-    vocab: int
-
-
-MODELS = {
+Model = namedtuple("Model", "hidden heads kv_heads D mlp vocab")  # what shapes come from
+MODELS = {  # Qwen2.5
     "0.5B": Model(896, 14, 2, 64, 4864, 151_936),
     "1.5B": Model(1536, 12, 2, 128, 8960, 151_936),
     "7B": Model(3584, 28, 4, 128, 18_944, 152_064),
@@ -41,51 +30,37 @@ QUOTED = {"H=4096": Model(4096, 0, 0, 0, 0, 151_936)}  # the shape that other he
 SMALL = {"tiny": Model(64, 4, 2, 32, 128, 1000)}  # what a CPU measures
 
 
-def qkv(m, randn, T):
-    """q [T, Hq, D], k and v [T, Hkv, D]."""
-    return [randn(T, heads, m.D) for heads in (m.heads, m.kv_heads, m.kv_heads)]
-
-
-def pages(m, randn, B, length, page=16):
-    """k and v caches in scattered pages, block tables, seq_lens, for B sequences of one length."""
-    M = -(-length // page)
-    caches = [randn(B * M + 1, page, m.kv_heads, m.D) for _ in "kv"]
-    tables = torch.randperm(B * M).to(torch.int32).view(B, M)
-    return *caches, tables, torch.full((B,), length, dtype=torch.int32)
-
-
 def logprob(m, N):
     H, V = m.hidden, m.vocab
-    once, moved = 2 * N * H * V, 2 * (N + V) * H  # a product; both inputs
-
-    def make(randn):
-        return randn(N, H), randn(V, H) * H**-0.5, torch.randint(V, (N,))
-
+    once, moved = 2 * N * H * V, 2 * (N + V) * H  # one product; both inputs
     work = {"forward": (once, moved), "backward": (3 * once, 2 * moved)}
-    return f"N={N} H={H} V={V}", make, work | {"forward+backward": (4 * once, 2 * moved)}
+    work["forward+backward"] = 4 * once, 2 * moved
+    return (
+        f"N={N} H={H} V={V}",
+        work,
+        lambda randn: (randn(N, H), randn(V, H) * H**-0.5, torch.randint(V, (N,))),
+    )
 
 
 def attention(m, *lengths):
     T, even = sum(lengths), len(set(lengths)) == 1
     label = f"{len(lengths)}x{lengths[0]}" if even else f"{len(lengths)} mixed, T={T}"
-    once = m.heads * m.D * sum(n * (n + 1) for n in lengths)  # a product: half of the square
+    once = m.heads * m.D * sum(n * (n + 1) for n in lengths)  # one product: half of the square
     moved = 4 * T * m.D * (m.heads + m.kv_heads)  # q, k, v, out once
-
-    def make(randn):
-        return *qkv(m, randn, T), torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-
-    work = {"forward": (2 * once, moved), "backward": (5 * once, 2 * moved)}
-    return f"{label} Hq={m.heads} Hkv={m.kv_heads} D={m.D}", make, work
+    return (
+        f"{label} Hq={m.heads} Hkv={m.kv_heads} D={m.D}",
+        {"forward": (2 * once, moved), "backward": (5 * once, 2 * moved)},
+        lambda randn: (*qkv(m, randn, T), bounds(lengths)),
+    )
 
 
 def paged_attention(m, B, context):
     moved = 4 * B * m.D * (context * m.kv_heads + m.heads)
-
-    def make(randn):
-        return randn(B, m.heads, m.D), *pages(m, randn, B, context)
-
-    work = {"forward": (4 * B * m.heads * m.D * context, moved)}
-    return f"B={B} context={context} Hkv={m.kv_heads}", make, work
+    return (
+        f"B={B} context={context} Hkv={m.kv_heads}",
+        {"forward": (4 * B * m.heads * m.D * context, moved)},
+        lambda randn: (randn(B, m.heads, m.D), *pages(m, randn, B, context)),
+    )
 
 
 def paged_prefill(m, B, cached, new):
@@ -94,21 +69,19 @@ def paged_prefill(m, B, cached, new):
 
     def make(randn):
         *caches, seq_lens = pages(m, randn, B, cached + new)
-        bounds = torch.arange(B + 1, dtype=torch.int32) * new
-        return randn(B * new, m.heads, m.D), *caches, bounds, seq_lens
+        return randn(B * new, m.heads, m.D), *caches, bounds([new] * B), seq_lens
 
-    return f"B={B} cached={cached} new={new}", make, {"forward": (4 * m.heads * m.D * pairs, moved)}
+    return f"B={B} cached={cached} new={new}", {"forward": (4 * m.heads * m.D * pairs, moved)}, make
 
 
 def rms_norm(m, T):
     C = m.hidden
-
-    def make(randn):
-        return randn(T, C), randn(C), 1e-6, randn(T, C)
-
-    # Backward reads both gradients and the sum, writes one: dx and dresidual are the same tensor.
-    work = {"forward": (0, 8 * T * C), "backward": (0, 8 * T * C)}
-    return f"T={T} C={C} with residual", make, work
+    return (
+        f"T={T} C={C} with residual",
+        # Backward reads both gradients and the sum, writes one: dx and dresidual are one tensor.
+        {"forward": (0, 8 * T * C), "backward": (0, 8 * T * C)},
+        lambda randn: (randn(T, C), randn(C), 1e-6, randn(T, C)),
+    )
 
 
 def rope_write(m, T, page=16):
@@ -119,16 +92,13 @@ def rope_write(m, T, page=16):
         return *qkv(m, randn, T), *tables, *caches, torch.randperm(T)
 
     work = {"forward": (0, 4 * T * m.D * (m.heads + 2 * m.kv_heads))}
-    return f"T={T} Hq={m.heads} Hkv={m.kv_heads} D={m.D}", make, work
+    return f"T={T} Hq={m.heads} Hkv={m.kv_heads} D={m.D}", work, make
 
 
 def swiglu(m, T):
     C = m.mlp
-
-    def make(randn):
-        return randn(T, C), randn(T, C)
-
-    return f"T={T} C={C}", make, {"forward": (0, 6 * T * C), "backward": (0, 10 * T * C)}
+    work = {"forward": (0, 6 * T * C), "backward": (0, 10 * T * C)}
+    return f"T={T} C={C}", work, lambda randn: (randn(T, C), randn(T, C))
 
 
 def sample(m, B):
@@ -138,20 +108,30 @@ def sample(m, B):
         rows = torch.arange(B)
         return randn(B, H), randn(V, H) * H**-0.5, torch.ones(B), rows, rows + 100
 
-    return f"B={B} H={H} V={V}", make, {"forward": (2 * B * H * V, 2 * (V + B) * H)}
+    return f"B={B} H={H} V={V}", {"forward": (2 * B * H * V, 2 * (V + B) * H)}, make
 
 
-class Operation(NamedTuple):
-    """A row of the table: what is measured, and where."""
-
-    describe: Callable
-    sizes: list  # of tuples, which go to `describe` behind the model
-    small: tuple  # the size for a CPU
-    kernel: Callable
-    reference: Callable
-    wanted: tuple = ()  # numbers of the inputs that get a gradient
+def qkv(m, randn, T):
+    """q [T, Hq, D], k and v [T, Hkv, D]."""
+    return [randn(T, heads, m.D) for heads in (m.heads, m.kv_heads, m.kv_heads)]
 
 
+def bounds(lengths):
+    """cu_seqlens [B+1] of sequences of these lengths."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def pages(m, randn, B, length, page=16):
+    """k and v caches in scattered pages, block tables, seq_lens, for B sequences of one length."""
+    M = -(-length // page)
+    caches = [randn(B * M + 1, page, m.kv_heads, m.D) for _ in "kv"]
+    tables = torch.randperm(B * M).to(torch.int32).view(B, M)
+    return *caches, tables, torch.full((B,), length, dtype=torch.int32)
+
+
+# describe: one of the above, for a model and a size. small: the size for a CPU. wanted: numbers of
+# the inputs that get a gradient.
+Operation = namedtuple("Operation", "describe sizes small kernel reference wanted", defaults=[()])
 DECODE = [(1, 4096), (64, 2048), (512, 512), (8, 32_768), (1, 131_072)]
 PACKED = [(4096,) * 4, (8192, 4000, 2000, 1500, 600, 92)]
 # fmt: off
@@ -204,7 +184,7 @@ def cases(op, models=MODELS, small=False):
     row, found = OPS[op], []
     models = SMALL if small else models | (QUOTED if op == "logprob" else {})
     for model, size in product(models, [row.small] if small else row.sizes):
-        shape, make, work = row.describe(models[model], *size)
+        shape, work, make = row.describe(models[model], *size)
         for phase, (flops, moved) in work.items():
             plans = {
                 "triton": always(partial(row.kernel, impl="triton")),
@@ -221,14 +201,13 @@ def cases(op, models=MODELS, small=False):
 
 def prepare(phase, wanted, plan, *inputs):
     """The function of nothing that is timed: forward without autograd, backward alone, or both."""
-    function = plan(*inputs)
     if phase == "forward":
-        return torch.no_grad()(lambda: function(*inputs))
+        return torch.no_grad()(plan(*inputs))
     inputs = [x.detach().requires_grad_() if i in wanted else x for i, x in enumerate(inputs)]
-    leaves = [inputs[i] for i in wanted]
+    leaves, function = [inputs[i] for i in wanted], plan(*inputs)
 
     def forward():
-        out = function(*inputs)
+        out = function()
         return [x for x in (out if isinstance(out, tuple) else (out,)) if x.requires_grad]
 
     if phase == "forward+backward":  # for peers that do not part them

@@ -2,6 +2,8 @@
 
 import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 
 import torch
 
@@ -10,6 +12,8 @@ from kernels.triton_compat import triton
 
 SILENCE = 150  # seconds without a word after which the child counts as hung
 SHORT = 1e-3  # seconds; below it a call is captured in a graph
+
+kept = {}  # one case -> its inputs, made once for neighbours; the old go before the new are made
 
 
 def percentiles(times):
@@ -87,16 +91,17 @@ def ceilings(device, seconds):
 
 
 def named(case, name):
-    return {
-        "op": case.op, "phase": case.phase, "model": case.model, "shape": case.shape, "impl": name
-    }  # fmt: skip
+    """What a row begins with."""
+    row = {"op": case.op, "phase": case.phase, "model": case.model, "shape": case.shape}
+    return row | {"impl": name}
 
 
-def measure(case, name, device, seconds, ceiling, kept):
-    """One row: an implementation at a case. Failing is a row, too.
+def first_line(error):
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
 
-    kept: {case: its inputs}, made once for neighbours; the old go before the new are made.
-    """
+
+def measure(case, name, device, seconds, ceiling):
+    """One row: an implementation at a case. Failing is a row, too; raises if the GPU is lost."""
     row = named(case, name)
     try:
         if case not in kept:
@@ -109,7 +114,9 @@ def measure(case, name, device, seconds, ceiling, kept):
         for cause in (error, error.__cause__):
             if isinstance(cause, ImportError):
                 return row | {"missing": cause.name or str(cause)}
-        return row | {"error": f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]}
+        if device == "cuda":
+            torch.cuda.synchronize()  # raises again if the context is lost
+        return row | {"error": first_line(error)}
     spent = percentiles(times)
     s = spent["p50"] / 1e6
     least = {"matmul": case.flops / ceiling["matmul"], "copy": case.bytes / ceiling["copy"]}
@@ -125,6 +132,7 @@ def measure(case, name, device, seconds, ceiling, kept):
     }
 
 
+@cache
 def plan(ops, device, quick):
     """(case, implementation) in the order of running: ours, peers, then what compiles long."""
     models = {"7B": MODELS["7B"]} if quick else MODELS
@@ -136,51 +144,43 @@ def plan(ops, device, quick):
     return sorted(listed, key=lambda pair: rank.get(pair[1], 1))  # stable: cases stay together
 
 
-def work(pipe, first, ceiling, ops, device, quick, seconds, deadline):
-    """The child: tells ("ceilings", both), then ("start", i) and ("row", row) from the first on."""
-    if ceiling is None:
-        ceiling = ceilings(device, seconds)
-        pipe.send(("ceilings", ceiling))
-    kept = {}
-    for i, (case, name) in enumerate(plan(ops, device, quick)[first:], first):
-        if time.time() > deadline:
-            pipe.send(("row", named(case, name) | {"error": "skipped: out of time"}))
-            continue
-        pipe.send(("start", i))
-        pipe.send(("row", measure(case, name, device, seconds, ceiling, kept)))
-        if device != "cpu":
-            torch.cuda.synchronize()  # raises if the context is lost: the next child goes on
-            torch.cuda.empty_cache()
+class Child:
+    """A process that works for this one. It may crash or hang; the next call starts another."""
 
+    pool = None
 
-def supervise(listed, options, work=work, silence=SILENCE):
-    """Yield ("ceilings", both), then ("row", row) for each of the list. options: work's last ones.
-
-    Children do it, one after another: where one crashes or hangs, that is its row's error, and the
-    next goes on behind it. Raises RuntimeError if one ends before it has begun to measure.
-    """
-    context, done, ceiling = multiprocessing.get_context("spawn"), 0, None
-    while done < len(listed):
-        ours, theirs = context.Pipe(duplex=False)
-        child = context.Process(target=work, args=(theirs, done, ceiling, *options))
-        child.start()
-        theirs.close()  # so that the child's is the only one, and recv raises when it is gone
-        last, why = None, "timed out"
+    def run(self, function, *args, silence=SILENCE):
+        """function(*args), over there. Raises what it raised, BrokenProcessPool or TimeoutError."""
+        self.pool = self.pool or ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         try:
-            while done < len(listed) and ours.poll(silence):
-                last, value = ours.recv()
-                ceiling = value if last == "ceilings" else ceiling
-                done += last == "row"
-                if last != "start":
-                    yield last, value
-        except EOFError:
-            child.join(5)
-            why = f"the process ended with {child.exitcode}"
-        finally:
-            child.kill()
-            child.join()
-        if last in (None, "ceilings"):  # trying again would not help
-            raise RuntimeError(f"kernels.bench: {why} before it measured anything")
-        if last == "start":
-            yield "row", named(*listed[done]) | {"error": why}
-            done += 1
+            return self.pool.submit(function, *args).result(silence)
+        except BaseException:  # an error that came back counts: the GPU may be lost to that process
+            self.end()
+            raise
+
+    def end(self):
+        for process in multiprocessing.active_children():
+            process.kill()
+        self.pool = None
+
+
+def work(number, ceiling, seconds, chosen):
+    """Measure one number of the plan: the child's work."""
+    row = measure(*plan(*chosen)[number], chosen[1], seconds, ceiling)
+    if chosen[1] == "cuda":
+        torch.cuda.empty_cache()
+    return row
+
+
+def rows(child, ceiling, seconds, chosen, deadline):
+    """Yield each row of plan(*chosen). A crash, a hang or a lost GPU costs its own row only."""
+    for number, (case, name) in enumerate(plan(*chosen)):
+        row = named(case, name)
+        try:
+            if time.time() > deadline:
+                row["error"] = "skipped: out of time"
+            else:
+                row = child.run(work, number, ceiling, seconds, chosen)
+        except Exception as error:
+            row["error"] = first_line(error)
+        yield row

@@ -1,11 +1,12 @@
 """The public kernels that ours are measured beside, each called as its own documentation says.
 
-A peer takes the inputs, imports and plans outside the time that is measured, and returns the
-function of the inputs that is timed; a missing package raises ImportError there, and the table
-says so. Peers compute what they compute: Liger's and cut-cross-entropy's heads give no entropy,
-Liger's takes the mean over rows; Liger's norm with a residual is two calls.
+A peer takes the inputs, imports and plans, and returns the function of nothing that is timed; a
+missing package raises ImportError before that, and the table says so. Peers compute what they
+compute: Liger's and cut-cross-entropy's heads give no entropy, Liger's takes the mean over rows;
+Liger's norm with a residual is two calls.
 """
 
+from functools import partial
 from importlib import metadata
 
 import torch
@@ -32,7 +33,7 @@ def versions():
 
 def always(function):
     """A peer that has nothing to plan."""
-    return lambda *inputs: function
+    return lambda *inputs: partial(function, *inputs)
 
 
 def compiled(function):
@@ -41,7 +42,7 @@ def compiled(function):
 
     def plan(*inputs):
         torch._dynamo.reset()
-        return torch.compile(function, dynamic=False)
+        return partial(torch.compile(function, dynamic=False), *inputs)
 
     return plan
 
@@ -52,43 +53,34 @@ def bf16_logits(hidden, weight, targets):
     return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
-def cut_cross_entropy(*inputs):
+def cut_cross_entropy(hidden, weight, targets):
     """Log-probs without logits in memory; gradients through locks, no entropy."""
     from cut_cross_entropy import linear_cross_entropy
 
-    return lambda hidden, weight, targets: linear_cross_entropy(
-        hidden, weight, targets, reduction="none"
-    )
+    return lambda: linear_cross_entropy(hidden, weight, targets, reduction="none")
 
 
-def liger_cross_entropy(*inputs):
+def liger_cross_entropy(hidden, weight, targets):
     """The mean loss; gradients are made in the forward pass."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    loss = LigerFusedLinearCrossEntropyLoss()
-    return lambda hidden, weight, targets: loss(weight, hidden, targets)
+    return lambda: LigerFusedLinearCrossEntropyLoss()(weight, hidden, targets)
 
 
 def sdpa(q, k, v, cu_seqlens):
     """scaled_dot_product_attention on sequences of one length: no padding, its best case."""
     B = len(cu_seqlens) - 1
-
-    def attend(q, k, v, cu_seqlens):
-        q, k, v = (x.unflatten(0, (B, -1)).transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-    return attend
+    q, k, v = (x.unflatten(0, (B, -1)).transpose(1, 2) for x in (q, k, v))
+    return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 def torch_varlen(q, k, v, cu_seqlens):
     """torch.nn.attention.varlen: causal is a window of (-1, 0)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    longest = int(cu_seqlens.diff().max())
-    return lambda q, k, v, bounds: varlen_attn(
-        q, k, v, bounds, bounds, longest, longest,
-        window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1],
-    )  # fmt: skip
+    longest, gqa = int(cu_seqlens.diff().max()), q.shape[1] != k.shape[1]
+    bounds = cu_seqlens, cu_seqlens, longest, longest
+    return lambda: varlen_attn(q, k, v, *bounds, window_size=(-1, 0), enable_gqa=gqa)
 
 
 def flash_attn(q, k, v, cu_seqlens):
@@ -96,9 +88,8 @@ def flash_attn(q, k, v, cu_seqlens):
     from flash_attn import flash_attn_varlen_func
 
     longest = int(cu_seqlens.diff().max())
-    return lambda q, k, v, bounds: flash_attn_varlen_func(
-        q, k, v, bounds, bounds, longest, longest, causal=True
-    )
+    bounds = cu_seqlens, cu_seqlens, longest, longest
+    return lambda: flash_attn_varlen_func(q, k, v, *bounds, causal=True)
 
 
 def flashinfer_ragged(q, k, v, cu_seqlens):
@@ -110,7 +101,7 @@ def flashinfer_ragged(q, k, v, cu_seqlens):
     wrapper.plan(
         cu_seqlens, cu_seqlens, q.shape[1], k.shape[1], q.shape[2], causal=True, q_data_type=q.dtype
     )
-    return lambda q, k, v, cu_seqlens: wrapper.run(q, k, v)
+    return lambda: wrapper.run(q, k, v)
 
 
 def torch_varlen_decode(q, k_cache, v_cache, block_tables, seq_lens):
@@ -119,7 +110,7 @@ def torch_varlen_decode(q, k_cache, v_cache, block_tables, seq_lens):
 
     starts = torch.arange(len(q) + 1, device=q.device, dtype=torch.int32)
     longest = block_tables.shape[1] * k_cache.shape[1]
-    return lambda q, k_cache, v_cache, block_tables, seq_lens: varlen_attn(
+    return lambda: varlen_attn(
         q, k_cache, v_cache, starts, None, 1, longest,
         window_size=(-1, 0), enable_gqa=q.shape[1] != k_cache.shape[2],
         seqused_k=seq_lens, block_table=block_tables,
@@ -142,34 +133,30 @@ def flashinfer_decode(q, k_cache, v_cache, block_tables, seq_lens):
         indptr, block_tables[used], (seq_lens - 1) % page + 1, Hq, Hkv, D, page,
         data_type=q.dtype, q_data_type=q.dtype,
     )  # fmt: skip
-    return lambda q, k_cache, v_cache, *tables: wrapper.run(q, (k_cache, v_cache))
+    return lambda: wrapper.run(q, (k_cache, v_cache))
 
 
-def liger_rms_norm(*inputs):
+def liger_rms_norm(x, weight, eps, residual):
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-    def norm(x, weight, eps, residual):
+    def norm():
         total = x + residual
         return LigerRMSNormFunction.apply(total, weight, eps, 0.0, "llama", False), total
 
     return norm
 
 
-def flashinfer_rms_norm(*inputs):
+def flashinfer_rms_norm(x, weight, eps, residual):
     """In place on x and residual, as its serving engines use it."""
     from flashinfer import fused_add_rmsnorm
 
-    def norm(x, weight, eps, residual):
-        fused_add_rmsnorm(x, residual, weight, eps)
-        return x, residual
-
-    return norm
+    return lambda: fused_add_rmsnorm(x, residual, weight, eps)
 
 
-def liger_swiglu(*inputs):
+def liger_swiglu(gate, up):
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
-    return LigerSiLUMulFunction.apply
+    return lambda: LigerSiLUMulFunction.apply(gate, up)
 
 
 WHOLE = {  # a part of their backward pass is in the forward pass: not measured alone

@@ -2,12 +2,14 @@
 
 import doctest
 import json
+import os
 import re
 import shutil
+import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-import children
 import pytest
 import torch
 
@@ -54,7 +56,7 @@ def test_every_call_is_built_right(case):
 
 def test_even_sdpa_is_the_same_operation():
     inputs = *(torch.randn(24, h, 8) for h in (4, 2, 2)), torch.tensor([0, 8, 16, 24])
-    out = peers.sdpa(*inputs)(*inputs)  # [B, H, L, D]
+    out = peers.sdpa(*inputs)()  # [B, H, L, D]
     expected = cases("attention", small=True)[0].calls["torch"](*inputs)()
     torch.testing.assert_close(out.transpose(1, 2).flatten(0, 1), expected)
 
@@ -86,7 +88,7 @@ def test_peers_are_asked_for_what_they_do():
 
 
 def test_ours_is_measured_first_and_what_compiles_long_last():
-    names = [name for _, name in measure.plan(list(OPS), "cuda", quick=False)]
+    names = [name for _, name in measure.plan(tuple(OPS), "cuda", quick=False)]
     assert names.index("torch") > max(i for i, n in enumerate(names) if n == "triton")
     assert names.index("compiled") > max(i for i, n in enumerate(names) if n == "torch")
 
@@ -110,11 +112,12 @@ def test_a_failing_call_is_a_row():
         "absent": failing(ModuleNotFoundError("no module", name="some_peer")),
         "wrapped": failing(missing),
     }
-    found = {n: measure.measure(case, n, "cpu", 0, CEILING, {}) for n in case.calls}
+    found = {n: measure.measure(case, n, "cpu", 0, CEILING) for n in case.calls}
     assert found["broken"]["error"] == "RuntimeError: boom"
     assert found["absent"]["missing"] == found["wrapped"]["missing"] == "some_peer"
+    measure.kept.clear()
     case.make = failing(RuntimeError("out of memory"))
-    assert "out of memory" in measure.measure(case, "broken", "cpu", 0, CEILING, {})["error"]
+    assert "out of memory" in measure.measure(case, "broken", "cpu", 0, CEILING)["error"]
     assert all(bench.line(row) for row in found.values())
 
 
@@ -122,8 +125,7 @@ def test_the_bound_is_the_ceiling_that_takes_longer():
     """At 60 operations a byte and a TFLOP/s: bytes, if they come at 1 GB/s, but not at 1 TB/s."""
     case = cases("logprob", small=True)[0]
     found = [
-        measure.measure(case, "torch", "cpu", 0, CEILING | {"copy": copy}, {})
-        for copy in (1e9, 1e12)
+        measure.measure(case, "torch", "cpu", 0, CEILING | {"copy": copy}) for copy in (1e9, 1e12)
     ]
     assert [row["bound"] for row in found] == ["copy", "matmul"]
     for row, ceiling in zip(found, (case.bytes / 1e9, case.flops / 1e12)):
@@ -134,33 +136,49 @@ def test_missing_peers_are_named():
     assert set(peers.versions()) == {"flash-attn", "liger", "cut-cross-entropy", "flashinfer"}
 
 
-class Told(list):
-    """Stands in for the pipe to the parent."""
-
-    send = list.append
+CHOSEN = ("swiglu", "rms_norm"), "cpu", True
 
 
-def test_out_of_time_is_said():
-    told = Told()
-    measure.work(told, 1, CEILING, ["swiglu"], "cpu", True, 0, time.time() - 1)
-    assert len(told) == len(measure.plan(["swiglu"], "cpu", quick=True)) - 1
-    assert all(kind == "row" and "out of time" in row["error"] for kind, row in told)
+class Crashing:
+    """Stands in for the child: its work on one number ends as given."""
+
+    def __init__(self, errors):
+        self.errors = errors
+
+    def run(self, work, number, *args):
+        if number in self.errors:
+            raise self.errors[number]
+        return {"number": number}
 
 
 def test_a_crash_and_a_hang_cost_one_row_each():
-    listed = [(case, "triton") for case in TINY[:5]]
-    got = list(measure.supervise(listed, (), children.crashing, silence=3))
-    assert [kind for kind, _ in got] == ["ceilings", "row", "row", "row", "row", "row"]
-    rows = [value for _, value in got[1:]]
-    assert [rows[0], rows[3], rows[4]] == [{"i": 0}, {"i": 3}, {"i": 4}]
-    assert rows[1] == measure.named(*listed[1]) | {"error": "the process ended with 3"}
-    assert rows[2] == measure.named(*listed[2]) | {"error": "timed out"}
+    errors = {1: BrokenProcessPool("terminated abruptly"), 2: TimeoutError()}
+    found = list(measure.rows(Crashing(errors), CEILING, 0, CHOSEN, float("inf")))
+    assert found[0] == {"number": 0} and found[3:] == [{"number": 3}]
+    names = [measure.named(case, name) for case, name in measure.plan(*CHOSEN)]
+    assert found[1] == names[1] | {"error": "BrokenProcessPool: terminated abruptly"}
+    assert found[2] == names[2] | {"error": "TimeoutError:"}
 
 
-def test_a_child_that_never_starts_is_an_error(capfd):
-    with pytest.raises(RuntimeError, match="ended with 1 before it measured"):
-        list(measure.supervise([(TINY[0], "triton")], (), children.without_driver))
-    assert "no driver" in capfd.readouterr().err
+def test_out_of_time_is_said():
+    found = list(measure.rows(Crashing({}), CEILING, 0, CHOSEN, time.time() - 1))
+    assert len(found) == 4 and all("out of time" in row["error"] for row in found)
+
+
+def test_the_child_is_replaced_when_it_crashes_hangs_or_raises():
+    child = measure.Child()
+    first = child.run(os.getpid)
+    assert child.run(os.getpid) == first != os.getpid()
+    with pytest.raises(BrokenProcessPool):
+        child.run(os._exit, 3)
+    second = child.run(os.getpid)
+    with pytest.raises(TimeoutError):
+        child.run(time.sleep, 60, silence=0.5)
+    third = child.run(os.getpid)
+    with pytest.raises(SystemExit, match="no driver"):
+        child.run(sys.exit, "no driver")
+    assert len({first, second, third, child.run(os.getpid)}) == 4
+    child.end()
 
 
 def test_unknown_operation(capsys):
