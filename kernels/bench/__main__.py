@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 
 from kernels.bench.cases import OPS
-from kernels.bench.measure import Child, ceilings, rows
+from kernels.bench.measure import ceilings, rows
 from kernels.bench.peers import versions
 from kernels.bench.plot import picture
 from kernels.bench.tune import tune
@@ -117,14 +117,14 @@ def main(argv=None):
     if device == "cpu":
         print("no GPU: measuring the PyTorch references in fp32 at small shapes, no kernel")
         args.seconds = min(args.seconds, 0.1)
-    child = Child()
-    ceiling = child.run(ceilings, device, args.seconds)
+    ceiling = ceilings(device, args.seconds)
+    torch.cuda.empty_cache()  # the memory is for the child
     copy, matmul = ceiling["copy"] / 1e9, ceiling["matmul"] / 1e12
     print(f"ceilings: copy {copy:,.0f} GB/s, product {matmul:,.2f} TFLOP/s\n", flush=True)
     results = {"machine": machine, "ceilings": ceiling, "rows": []}
     medians = {}  # of ours, by case
     chosen = tuple(args.ops), device, args.quick
-    for row in rows(child, ceiling, args.seconds, chosen, deadline):
+    for row in rows(ceiling, args.seconds, chosen, deadline):
         case = row["op"], row["phase"], row["model"], row["shape"]
         if "us" in row and row["impl"] == "triton":
             medians[case] = row["us"]["p50"]
@@ -134,7 +134,6 @@ def main(argv=None):
         print(line(row), flush=True)
         if args.json:
             write(args.json, json.dumps(results, indent=1).encode())
-    child.end()
     if args.plot:
         write(args.plot, picture(results, Path(args.plot).suffix))
     print(json.dumps(results))

@@ -83,7 +83,7 @@ def ceilings(device, seconds):
     size, n = (2**24, 512) if device == "cpu" else (2**30, 8192)
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    a, b = torch.randn(2, n, n, device=device, dtype=DTYPES[device])
+    a, b = (torch.randn(n, n, device=device, dtype=DTYPES[device]) for _ in range(2))
     timer = TIMERS[device]
     copy = percentiles(timer(lambda: target.copy_(source), seconds)[0])["p50"] / 1e6
     product = percentiles(timer(lambda: a @ b, seconds)[0])["p50"] / 1e6
@@ -144,43 +144,40 @@ def plan(ops, device, quick):
     return sorted(listed, key=lambda pair: rank.get(pair[1], 1))  # stable: cases stay together
 
 
-class Child:
-    """A process that works for this one. It may crash or hang; the next call starts another."""
-
-    pool = None
-
-    def run(self, function, *args, silence=SILENCE):
-        """function(*args), over there. Raises what it raised, BrokenProcessPool or TimeoutError."""
-        self.pool = self.pool or ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        try:
-            return self.pool.submit(function, *args).result(silence)
-        except BaseException:  # an error that came back counts: the GPU may be lost to that process
-            self.end()
-            raise
-
-    def end(self):
-        for process in multiprocessing.active_children():
-            process.kill()
-        self.pool = None
-
-
 def work(number, ceiling, seconds, chosen):
-    """Measure one number of the plan: the child's work."""
-    row = measure(*plan(*chosen)[number], chosen[1], seconds, ceiling)
-    if chosen[1] == "cuda":
-        torch.cuda.empty_cache()
+    """Measure one number of plan(*chosen): what the child is asked for."""
+    case, name = plan(*chosen)[number]
+    row = measure(case, name, chosen[1], seconds, ceiling)
+    torch.cuda.empty_cache()
     return row
 
 
-def rows(child, ceiling, seconds, chosen, deadline):
-    """Yield each row of plan(*chosen). A crash, a hang or a lost GPU costs its own row only."""
-    for number, (case, name) in enumerate(plan(*chosen)):
-        row = named(case, name)
-        try:
+def rows(ceiling, seconds, chosen, deadline, work=work, silence=SILENCE):
+    """Yield each row of plan(*chosen), measured in a child process.
+
+    A crash, a hang or a lost GPU costs its own row: the rows behind it are another child's.
+    """
+    pool = None
+    try:
+        for number, (case, name) in enumerate(plan(*chosen)):
+            row = named(case, name)
             if time.time() > deadline:
-                row["error"] = "skipped: out of time"
-            else:
-                row = child.run(work, number, ceiling, seconds, chosen)
-        except Exception as error:
-            row["error"] = first_line(error)
-        yield row
+                yield row | {"error": "skipped: out of time"}
+                continue
+            pool = pool or ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+            try:
+                row = pool.submit(work, number, ceiling, seconds, chosen).result(silence)
+            except Exception as error:
+                row["error"] = "timed out" if isinstance(error, TimeoutError) else first_line(error)
+                end_children()
+                pool = None
+            yield row
+    finally:
+        end_children()
+
+
+def end_children():
+    """Kill them and wait, for the sake of the memory that they hold."""
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join(5)
