@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.bench_measure import ceilings
+from kernels.bench.measure import ceilings
 from nanorrm import ranks
 from nanorrm.bench.estimate import estimate, stop_chance, training_flops
 from nanorrm.bench.tools import Clock, PeakMemory, numbers, shape, write_json
