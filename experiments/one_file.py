@@ -25,7 +25,7 @@ The library is the same idea, grown up; the tests hold this file to it:
     5. the lesson    nanorrm/train/grpo.py, train/trainer.py: DAPO, Dr. GRPO, KL, many GPUs
     6. the loop      train.py: any pairs, checkpoints, logs
 
-Letters: B sequences (R: unfinished), T tokens (N: to learn from), V vocabulary, C hidden, H heads.
+Letters: B sequences (R unfinished), T tokens (N drawn), V vocabulary, C hidden, H heads of size D.
 """
 
 import argparse
@@ -149,8 +149,7 @@ def rotate(x, start, theta):
     T, D = x.shape[-2:]
     speeds = 1 / theta ** (torch.arange(0, D, 2) / D)  # [D/2], radians per position
     angles = torch.arange(start, start + T)[:, None] * speeds  # [T, D/2]
-    one, two = x.chunk(2, -1)
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin, one, two = angles.cos(), angles.sin(), *x.chunk(2, -1)
     return torch.cat((one * cos - two * sin, two * cos + one * sin), -1)
 
 
@@ -203,10 +202,8 @@ def advantages(rewards):
 
     >>> advantages(torch.tensor([[1.0, -1, -1, -1, 1, 1, 1, -1]]))[0, :2]  # half of 8 right
     tensor([ 0.9354, -0.9354])
-    >>> advantages(torch.tensor([[1.0, 1, 1]]))  # all right: nothing to learn
-    tensor([[0., 0., 0.]])
     """
-    centred = rewards - rewards.mean(1, keepdim=True)
+    centred = rewards - rewards.mean(1, keepdim=True)  # zero if all are alike: nothing to learn
     return centred / (rewards.std(1, keepdim=True) + 1e-6)  # of a sample: ddof = 1
 
 
