@@ -14,7 +14,9 @@ have read says that the first helps with the last. A step of training (GRPO) is 
 
     pairs -> prompts -> rollouts, G of each -> +1 or -1 -> advantages -> loss -> AdamW
 
-and `python experiments/one_file.py` makes 60 of them in a few minutes.
+and `python experiments/one_file.py` makes 60 of them in 3 minutes of one core (2 CPU cores, shared:
+6 to 13 by the clock). Seeds 0, 1, 2 judged 54, 56, 55% of 200 held-out pairs right at first, 90%
+after 25, 30, 30 steps, 98, 97, 98.5% at the end; the output grew from 12 tokens to 35.
 
 The library is the same idea, grown up; the tests hold this file to it:
 
