@@ -27,8 +27,7 @@ from nanorrm.model.transformer import Transformer
 from nanorrm.train import grpo
 from nanorrm.train.open import open_engine, open_weights
 from nanorrm.train.packing import Sample
-from nanorrm.train.trainer import Trainer
-from nanorrm.train.update import policy_update
+from nanorrm.train.trainer import Trainer, policy_update
 
 PARTS = ("rollout", "reward", "log-prob", "update", "other")  # of a whole step
 
@@ -140,15 +139,14 @@ def training_step(name, cfg, device, ceiling):
         ids = torch.randint(model.config.vocab_size, (length + 1,), generator=generator).tolist()
         samples.append(Sample(ids[:asked], ids[asked:], weight))
 
-    def part(values, logp, entropy):
-        return grpo.policy_loss(
-            logp, logp.detach(), logp.detach(), torch.ones_like(logp), values["weight"], run.loss
-        )
-
     clock, memory, seconds = Clock(device), PeakMemory(device), []
     for _ in range(cfg.repeats + 1):
         with clock.part("step"):
-            trainer.step(trainer.batches(samples), part, run.learning_rate)
+            for batch in trainer.batches(samples):
+                logp, _ = trainer.logprobs(batch)
+                old, adv, weight = logp.detach(), torch.ones_like(logp), batch.values["weight"]
+                trainer.backward(*grpo.policy_loss(logp, old, old, adv, weight, run.loss))
+            trainer.step(1)
         seconds.append(clock.read()["step"])
     median, peak = statistics.median(seconds[1:]), memory.read()
     used = sum(map(len, samples))
@@ -310,6 +308,7 @@ class OurSteps:
         self.questions = [self.engine.tokenizer.encode(text) for text in texts]
         self.clock.watch(self.engine, "generate", "rollout")
         self.clock.watch(self.trainer, "logprobs", "log-prob")
+        self.clock.watch(self.trainer, "backward", "update")
         self.clock.watch(self.trainer, "step", "update")
 
     def step(self):
