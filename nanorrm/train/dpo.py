@@ -8,31 +8,19 @@ import torch
 import torch.nn.functional as F
 
 from nanorrm import ranks
-from nanorrm.config import UserError, one_of
+from nanorrm.config import UserError
 from nanorrm.train import packing
 
-KINDS = ("sigmoid", "ipo")
 
-
-def dpo_loss(
-    policy_chosen,
-    policy_rejected,
-    ref_chosen,
-    ref_rejected,
-    beta,
-    label_smoothing=0.0,
-    kind="sigmoid",
-):
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing=0.0):
     """Losses of B pairs, to be averaged, and the rewards they compare: each [B], rewards detached.
 
     The four inputs [B] are log-probs of whole responses in nats, summed over their tokens, under
-    the policy (with gradient) and under the frozen reference. With log-ratios policy - reference,
-    h = chosen - rejected of them, and rewards of beta * log-ratio:
-    "sigmoid": -log sigmoid(beta h), or with label_smoothing e, the chance that a label is wrong,
-    -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h) (conservative DPO);
-    "ipo": (h - 1 / (2 beta))^2, which is content with a margin (arXiv 2310.12036, eq. 17); TRL
-    gives it means over each response's tokens instead of sums, on its authors' word: so should you.
-    Raises UserError for settings that make no sense.
+    the policy (with gradient) and under the frozen reference. With log-ratios policy - reference
+    and h the chosen's less the rejected's, rewards are beta * log-ratio and the loss is
+    -log sigmoid(beta h), or with label_smoothing e, the chance that a label is wrong,
+    -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h) (conservative DPO). Raises UserError for
+    settings that make no sense.
 
     >>> import torch
     >>> one = torch.tensor([-10.0])  # the policy has come to find the chosen response e^2 times
@@ -40,7 +28,6 @@ def dpo_loss(
     >>> loss, chosen - rejected  # the rejected one 1/e times: -log sigmoid(0.5 * 3)
     (tensor([0.2014]), tensor([1.5000]))
     """
-    one_of("kind", kind, KINDS)
     if not beta > 0:
         raise UserError(f"beta = {beta} should be above 0")
     if not 0 <= label_smoothing < 0.5:
@@ -48,16 +35,10 @@ def dpo_loss(
             f"label_smoothing = {label_smoothing} should be from 0 to below 0.5: "
             "it is the share of labels that are wrong"
         )
-    if kind == "ipo" and label_smoothing:
-        raise UserError("label_smoothing is the sigmoid loss's: set it to 0 for kind = 'ipo'")
-    chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
-    h = chosen - rejected
-    if kind == "ipo":
-        loss = (h - 1 / (2 * beta)).square()
-    else:
-        right, flipped = F.logsigmoid(beta * h), F.logsigmoid(-beta * h)
-        loss = -(1 - label_smoothing) * right - label_smoothing * flipped
-    return loss, beta * chosen.detach(), beta * rejected.detach()
+    won, lost = chosen - ref_chosen, rejected - ref_rejected
+    h = beta * (won - lost)
+    loss = -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
+    return loss, beta * won.detach(), beta * lost.detach()
 
 
 def reference_logprobs(trainer, preferences):
