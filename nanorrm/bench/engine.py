@@ -158,18 +158,15 @@ def time_decode(model, batch, context, steps=48):
 def agreement(model, prompts):
     """(entropy, RMS difference) in nats of sampler and trainer log-probs on the same tokens, at a
     temperature where random weights are about as sure as a trained model is."""
-    engine, low, high = Engine(model, TOKENIZER), 0.001, 1.0
-    for _ in range(12):
-        temperature = (low * high) ** 0.5
+    engine, temperature, mean = Engine(model, TOKENIZER), 1.0, math.inf
+    while mean > 1:
+        temperature *= 0.7
         params = SamplingParams(temperature=temperature, max_tokens=48, stop_token_ids=())
         pairs = zip(prompts, engine.generate(prompts[:16], params))
         b = join([Sample(p, c.ids, {"logp": c.logprobs}) for p, (c,) in pairs], model.device)
         with torch.no_grad():
             logp, entropy = model.logprobs(b.ids, b.cu_seqlens, b.rows, b.targets, temperature)
         mean = entropy.mean().item()
-        if 0.3 <= mean <= 1:
-            break
-        low, high = (temperature, high) if mean < 0.3 else (low, temperature)
     return mean, (logp - b.values["logp"]).square().mean().sqrt().item()
 
 
@@ -243,10 +240,13 @@ def time_generate_batch(folder, asked, cfg):
 def time_vllm(name, folder, asked, cfg):
     """vLLM, or nano-vllm, which shares its interface."""
     package = importlib.import_module(name)
-    llm = package.LLM(folder)
-    params = [package.SamplingParams(max_tokens=n, ignore_eos=True) for _, n in asked]
+    llm = package.LLM(folder, gpu_memory_utilization=0.7)  # our weights lie there, too
+    prompts, more = [prompt for prompt, _ in asked], {}
+    if name == "vllm":
+        prompts, more = [{"prompt_token_ids": p} for p in prompts], {"detokenize": False}
+    params = [package.SamplingParams(max_tokens=n, ignore_eos=True, **more) for _, n in asked]
     began = time.perf_counter()
-    llm.generate([p for p, _ in asked], params)
+    llm.generate(prompts, params)
     return time.perf_counter() - began, ""
 
 

@@ -157,7 +157,8 @@ def training_step(name, cfg, device, ceiling):
 def whole_step(name, mean, longest, cfg, device):
     """One table: our step split into its parts, beside TRL's where that is installed."""
     prompts = cfg.prompts or (48 if device == "cpu" else 16)
-    rollouts, tokens = prompts * cfg.group, cfg.prompt_tokens + longest
+    rollouts = prompts * cfg.group
+    usual, tokens = cfg.prompt_tokens + mean, cfg.prompt_tokens + longest
     micro = [m for m in numbers(cfg.micro) if rollouts % m == 0]
     beside = cfg.trl == "yes" or (cfg.trl == "auto" and device == "cpu" and trl.installed())
     if beside and not trl.installed():
@@ -178,7 +179,7 @@ def whole_step(name, mean, longest, cfg, device):
             micro_tokens=cfg.micro_tokens,
             recompute=cfg.recompute,
             # a cache for all rollouts at their mean length: the rest of a GPU is for training
-            engine=EngineConfig(num_blocks=(rollouts * (cfg.prompt_tokens + mean) + tokens) // 16),
+            engine=EngineConfig(num_blocks=2 * rollouts + (rollouts * usual + tokens) // 16),
         )
         ours = OurSteps(run, texts, device)
         print(

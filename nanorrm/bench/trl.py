@@ -15,17 +15,12 @@ def installed():
 
 @contextmanager
 def quiet():
-    """Without their progress bars, their advice, and warnings of their own making."""
-    from transformers.utils.logging import disable_progress_bar, enable_progress_bar
-
-    disable_progress_bar()
+    """Without their advice, and warnings of their own making."""
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        enable_progress_bar()
         logging.disable(logging.NOTSET)
 
 
