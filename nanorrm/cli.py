@@ -82,7 +82,7 @@ def parse_command(stages, about, argv, saved=None):
         del rest[at : at + 2]
 
     spec = sys.modules["__main__"].__spec__  # of python -m, else None
-    program = f"python -m {spec.name}" if spec else sys.argv[0]
+    program = f"python -m {spec.name.removesuffix('.__main__')}" if spec else sys.argv[0]
     program += f" {stage}" if len(stages) > 1 else ""
 
     def parse(default):
