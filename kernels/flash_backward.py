@@ -33,18 +33,10 @@ In dkdv the tiles are computed transposed, p^T = exp(k q^T - lse), so that p^T a
 one product in the registers where the next one wants its left operand.
 """
 
-import math
-
 import torch
 
-from kernels.attention_tiles import (
-    aot_rows,
-    aot_signature,
-    find_tile,
-    load_tile,
-    slots,
-    slots_chunk,
-)
+from kernels import attention_tiles
+from kernels.attention_tiles import find_tile, load_tile, slots
 from kernels.tiles import tile
 from kernels.triton_compat import jit, tl, triton
 
@@ -228,40 +220,24 @@ def dq_kernel(
 def backward(q, k, v, out, lse, cu_seqlens, grad, scale):
     """Launch the three kernels: dq [T, Hq, D], dk and dv [T, Hkv, D] in the inputs' dtype."""
     (T, Hq, D), Hkv, B = q.shape, k.shape[1], len(cu_seqlens) - 1
-    grad = grad.contiguous()
-    delta = torch.empty_like(lse)
+    shape = attention_tiles.constants(q, Hkv, scale)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    BD = triton.next_power_of_2(D)
+    delta, grad = torch.empty_like(lse), grad.contiguous()
     choice = tile("attention_delta", q, D=D)
     delta_kernel[(triton.cdiv(T, choice["BM"]), Hq)](
-        out, grad, delta, T, HEADS=Hq, D=D, BD=BD, **choice
+        out, grad, delta, T, HEADS=Hq, D=D, BD=shape["BD"], **choice
     )
-    strides = [*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]]
-    shape = {
-        "HEADS": Hq,
-        "GROUP": Hq // Hkv,
-        "D": D,
-        "BD": BD,
-        "SCALE": scale * math.log2(math.e),
-        "CHUNK": slots_chunk(B),
-    }
+    inputs = q, k, v, grad, lse, delta
+    bounds = cu_seqlens, B, T, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]
+    shape["CHUNK"] = attention_tiles.slots_chunk(B)
     choice = tile("attention_dkdv", q, D=D)
-    dkdv_kernel[(slots(T, B, choice["BN"]), Hkv)](
-        q, k, v, grad, lse, delta, dk, dv, cu_seqlens, B, T, *strides, **shape, **choice
-    )
+    dkdv_kernel[(slots(T, B, choice["BN"]), Hkv)](*inputs, dk, dv, *bounds, **shape, **choice)
     choice = tile("attention_dq", q, D=D)
-    dq_kernel[(slots(T, B, choice["BM"]), Hq)](
-        q, k, v, grad, lse, delta, dq, cu_seqlens, B, T, *strides, **shape, **choice
-    )
+    dq_kernel[(slots(T, B, choice["BM"]), Hq)](*inputs, dq, *bounds, **shape, **choice)
     return dq, dk, dv
 
 
 def aot_cases(arch):
     """What `kernels/check.py` compiles here."""
     kernels = {"delta": delta_kernel, "dkdv": dkdv_kernel, "dq": dq_kernel}
-    for op, function in kernels.items():
-        for kind, constants, options in aot_rows(f"attention_{op}", arch):
-            types = aot_signature(function, kind)
-            constants = {k: v for k, v in constants.items() if k in function.arg_names}
-            cores = kind == "bf16" and op != "delta"
-            yield f"attention_{op} {kind}", function, types, constants, options, cores
+    return attention_tiles.aot_cases(arch, {f"attention_{op}": k for op, k in kernels.items()})

@@ -20,7 +20,8 @@ import math
 
 import torch
 
-from kernels.triton_compat import HAVE_TRITON, jit, tl
+from kernels.tiles import aot_case, choices, tile
+from kernels.triton_compat import HAVE_TRITON, jit, tl, triton
 
 if HAVE_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -156,3 +157,39 @@ def padded(x):
 def handle(x, rows, columns, tma):
     """What a kernel gets for a matrix: a descriptor for tiles of this size, or the pointer."""
     return TensorDescriptor.from_tensor(x, [rows, columns]) if tma else x
+
+
+def operands(hidden, weight, choice):
+    """What a kernel gets of its two matrices: both of them, and H with the strides of both."""
+    hidden, weight = padded(hidden), padded(weight)
+    BM, BN, BK, TMA = (choice[name] for name in ("BM", "BN", "BK", "TMA"))
+    strides = hidden.shape[1], hidden.stride(0), weight.stride(0)
+    return (handle(hidden, BM, BK, TMA), handle(weight, BN, BK, TMA)), strides
+
+
+def grid_of(N, V, choice):
+    """Row tiles times splits of the vocabulary, and how many splits that is."""
+    splits = triton.cdiv(V, choice["TILES"] * choice["BN"])
+    return (triton.cdiv(N, choice["BM"]) * splits,), splits
+
+
+def merge(kernel, tensors, N, splits):
+    """Launch the small kernel that makes each row's results of what its splits left behind."""
+    choice = tile("logprob_merge", tensors[0])
+    kernel[(triton.cdiv(N, choice["BR"]),)](*tensors, N, splits, **choice)
+
+
+def aot_cases(arch, merge_name, merge_kernel, **kernels):
+    """What `kernels/check.py` compiles of a head: each tile of each kernel, by the table's name."""
+    for op, function in kernels.items():
+        for limits, values in choices(op, arch):
+            kind = "bf16" if limits.get("bytes") == 2 else "fp32"
+            tiles = {"hidden": ("BM", "BK"), "weight": ("BN", "BK"), "dlogits": ("BM", "BN")}
+            types = {
+                name: f"tensordesc<{kind}[{values[rows]},{values[columns]}]>"
+                for name, (rows, columns) in tiles.items()
+                if values["TMA"] and name in function.arg_names
+            }
+            yield aot_case(f"{op} {kind}", function, values, kind, kind == "bf16", types)
+    for _, values in choices("logprob_merge", arch):
+        yield aot_case(merge_name, merge_kernel, values)

@@ -34,19 +34,10 @@ import math
 
 import torch
 
-from kernels.dispatch import choose
-from kernels.head_tiles import (
-    LN2,
-    LOG2E,
-    LOWEST,
-    handle,
-    logits_tile,
-    merge_sums,
-    my_tile,
-    online_step,
-    padded,
-)
-from kernels.tiles import choices, compile_time, tile
+from kernels import head_tiles
+from kernels.dispatch import both_ways, choose
+from kernels.head_tiles import LN2, LOG2E, LOWEST, logits_tile, merge_sums, my_tile, online_step
+from kernels.tiles import tile
 from kernels.triton_compat import jit, tl, triton
 
 IGNORE = -100  # a target that counts for nothing: log-prob 0, entropy 0, no gradient
@@ -185,20 +176,15 @@ def dlogits_kernel(
 
 def forward(hidden, weight, targets, temperature):
     """Launch the forward kernels: logp [N], entropy [N] in nats, lse [N] in bits."""
-    hidden, weight = padded(hidden), padded(weight)
-    (N, H), V = hidden.shape, weight.shape[0]
+    N, V = len(hidden), len(weight)
     choice = tile("logprob_forward", hidden, N=N)
-    BM, BN, BK, TMA = (choice[name] for name in ("BM", "BN", "BK", "TMA"))
-    splits = triton.cdiv(V, choice["TILES"] * BN)
+    matrices, strides = head_tiles.operands(hidden, weight, choice)
+    grid, splits = head_tiles.grid_of(N, V, choice)
     parts = torch.empty(4, splits, N, dtype=torch.float32, device=hidden.device).unbind()
-    forward_kernel[(triton.cdiv(N, BM) * splits,)](
-        handle(hidden, BM, BK, TMA), handle(weight, BN, BK, TMA), targets, *parts,
-        N, V, H, hidden.stride(0), weight.stride(0), splits, LOG2E / temperature, **choice,
-    )  # fmt: skip
+    scale = LOG2E / temperature
+    forward_kernel[grid](*matrices, targets, *parts, N, V, *strides, splits, scale, **choice)
     results = torch.empty(3, N, dtype=torch.float32, device=hidden.device).unbind()
-    choice = tile("logprob_merge", hidden)
-    grid = (triton.cdiv(N, choice["BR"]),)
-    merge_kernel[grid](*parts, targets, *results, N, splits, **choice)
+    head_tiles.merge(merge_kernel, (*parts, targets, *results), N, splits)
     return results
 
 
@@ -220,10 +206,8 @@ def backward(hidden, weight, targets, lse, entropy, grad_logp, grad_entropy, tem
     """
     (N, H), V = hidden.shape, weight.shape[0]
     choice = tile("logprob_backward", hidden)
-    BM, BN, BK, TMA = (choice[name] for name in ("BM", "BN", "BK", "TMA"))
-    x, w = padded(hidden), padded(weight)
-    matrices = handle(x, BM, BK, TMA), handle(w, BN, BK, TMA)
-    strides = x.shape[1], x.stride(0), w.stride(0)
+    BM, BN = choice["BM"], choice["BN"]
+    matrices, strides = head_tiles.operands(hidden, weight, choice)
     chunk = chunk_words(N, V, hidden.element_size())
     dlogits = torch.empty(N, chunk, dtype=hidden.dtype, device=hidden.device)
     dhidden = torch.zeros(N, H, dtype=torch.float32, device=hidden.device) if needs[0] else None
@@ -232,8 +216,9 @@ def backward(hidden, weight, targets, lse, entropy, grad_logp, grad_entropy, tem
         part = dlogits[:, : min(chunk, V - first)]  # [N, width]
         tiles = triton.cdiv(N, BM) * triton.cdiv(part.shape[1], BN)
         dlogits_kernel[(tiles,)](
-            *matrices, handle(part, BM, BN, TMA), targets, lse, entropy, grad_logp, grad_entropy,
-            first, part.shape[1], N, *strides, chunk, LOG2E / temperature, **choice,
+            *matrices, head_tiles.handle(part, BM, BN, choice["TMA"]), targets, lse, entropy,
+            grad_logp, grad_entropy, first, part.shape[1], N, *strides, chunk,
+            LOG2E / temperature, **choice,
         )  # fmt: skip
         words = slice(first, first + part.shape[1])
         if needs[0]:
@@ -282,36 +267,15 @@ def logprob(hidden, weight, targets, temperature=1.0, impl="auto"):
 
 
 def probe(device, dtype):
-    """The trial launch: outputs and gradients of the kernels and of the reference, odd sizes."""
-    sides = []
-    x = torch.randn(70, 128, device=device, dtype=dtype)
-    w = torch.randn(1000, 128, device=device, dtype=dtype) / 4
+    """The trial launch, at odd sizes and with a target to ignore."""
+    hidden = torch.randn(70, 128, device=device, dtype=dtype, requires_grad=True)
+    weight = (torch.randn(1000, 128, device=device, dtype=dtype) / 4).requires_grad_()
     targets = torch.randint(0, 1000, (70,), device=device)
     targets[3] = IGNORE
-    for impl in ("triton", "torch"):
-        hidden, weight = x.clone().requires_grad_(), w.clone().requires_grad_()
-        logp, entropy = logprob(hidden, weight, targets, 0.7, impl=impl)
-        (logp.sum() + entropy.square().sum()).backward()
-        sides.append((logp.detach(), entropy.detach(), hidden.grad, weight.grad))
-    return sides
+    return both_ways(logprob, hidden, weight, targets, 0.7)
 
 
 def aot_cases(arch):
     """What `kernels/check.py` compiles: each shipped tile of each kernel."""
-    common = dict.fromkeys(("N", "V", "splits", "first", "width"), "i32")
-    strides = "hidden_stride", "weight_stride", "dlogits_stride"
-    common |= dict.fromkeys(("H", *strides), "i32:16") | {"targets": "*i64"}
-    common |= dict.fromkeys(("tops", "totals", "moments", "chosen", "lse", "entropy"), "*fp32")
-    common |= dict.fromkeys(("grad_logp", "grad_entropy", "logp"), "*fp32")
-    for op, function in (("logprob_forward", forward_kernel), ("logprob_backward", dlogits_kernel)):
-        for limits, values in choices(op, arch):
-            kind = "bf16" if limits.get("bytes") == 2 else "fp32"
-            types = {"scale": "fp32"}
-            tiles = (("hidden", "BM", "BK"), ("weight", "BN", "BK"), ("dlogits", "BM", "BN"))
-            for name, rows, columns in tiles:
-                descriptor = f"tensordesc<{kind}[{values[rows]},{values[columns]}]>"
-                types[name] = descriptor if values["TMA"] else f"*{kind}"
-            case = function, {**common, **types}, *compile_time(values), kind == "bf16"
-            yield f"{op} {kind}", *case
-    for _, values in choices("logprob_merge", arch):
-        yield "logprob_merge", merge_kernel, common, *compile_time(values), False
+    kernels = {"logprob_forward": forward_kernel, "logprob_backward": dlogits_kernel}
+    return head_tiles.aot_cases(arch, "logprob_merge", merge_kernel, **kernels)

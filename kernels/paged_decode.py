@@ -32,22 +32,13 @@ is B * splits * Hq * (D + 1) floats, splits = ceil(M * block_size / 512): hand i
 wider than the longest sequence may become (28 heads of 128, 256 sequences of 16k: 118 MB).
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 
-from kernels.attention_tiles import (
-    aot_rows,
-    aot_signature,
-    attend,
-    find_tile,
-    load_tile,
-    slots,
-    slots_chunk,
-)
-from kernels.dispatch import choose
-from kernels.flash_attention import pad_index
+from kernels import attention_tiles
+from kernels.attention_tiles import attend, constants, find_tile, load_tile
+from kernels.dispatch import both_ways, choose, dense
+from kernels.flash_attention import pad, pad_index, unpad
 from kernels.tiles import tile
 from kernels.triton_compat import jit, tl, triton
 
@@ -73,19 +64,16 @@ def reference_decode(q, k_cache, v_cache, block_tables, seq_lens, scale=None):
 
 def reference_prefill(q, k_cache, v_cache, block_tables, cu_seqlens, seq_lens, scale=None):
     """The new tokens are the last ones of each sequence: query i sits at seq_len - new + i."""
-    Hq, D = q.shape[1:]
-    B = len(seq_lens)
-    cu_seqlens = cu_seqlens.long()
     index, L = pad_index(cu_seqlens)
     k, v = gather(k_cache, block_tables), gather(v_cache, block_tables)
-    padded = q.new_zeros(B * L, Hq, D).index_copy(0, index, q).view(B, L, Hq, D).transpose(1, 2)
+    q = pad(q, index, len(seq_lens), L)  # [B, Hq, L, D]
     first = (seq_lens - cu_seqlens.diff())[:, None]  # position of each sequence's first new token
     limit = first + torch.arange(L, device=q.device)  # [B, L] position of each query
     mask = torch.arange(k.shape[2], device=q.device) <= limit[..., None]  # [B, L, S]
     out = F.scaled_dot_product_attention(
-        padded, k, v, mask[:, None], scale=scale, enable_gqa=Hq != k.shape[1]
-    )  # [B, Hq, L, D]
-    return out.transpose(1, 2).reshape(B * L, Hq, D)[index]
+        q, k, v, mask[:, None], scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return unpad(out, index)
 
 
 @jit
@@ -237,26 +225,11 @@ def prefill_kernel(
     tl.store(out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
-def constants(q, k_cache, scale):
-    """What both kernels know at compile time of shapes: heads, head size, scale, page."""
-    (Hq, D), Hkv = q.shape[1:], k_cache.shape[2]
-    if Hq % Hkv:
-        raise ValueError(f"paged attention: {Hq} query heads over {Hkv} key heads")
-    return {
-        "HEADS": Hq,
-        "GROUP": Hq // Hkv,
-        "D": D,
-        "BD": triton.next_power_of_2(D),
-        "SCALE": scale * math.log2(math.e),
-        "PAGE": k_cache.shape[1],
-    }
-
-
 def decode(q, k_cache, v_cache, block_tables, seq_lens, scale):
     """Launch the split and the combine kernel. Nothing here reads a value from the device."""
-    (B, Hq, D), Hkv = q.shape, k_cache.shape[2]
-    shape = constants(q, k_cache, scale)
-    capacity = block_tables.shape[1] * k_cache.shape[1]
+    (B, Hq, D), (page, Hkv) = q.shape, k_cache.shape[1:3]
+    shape = constants(q, Hkv, scale)
+    capacity = block_tables.shape[1] * page
     splits = triton.cdiv(capacity, SPLIT)
     part = torch.empty(B, splits, Hq, D, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(B, splits, Hq, dtype=torch.float32, device=q.device)
@@ -266,11 +239,8 @@ def decode(q, k_cache, v_cache, block_tables, seq_lens, scale):
     decode_kernel[(programs, Hkv)](
         q, k_cache, v_cache, part, part_lse, block_tables, seq_lens, B, splits, capacity,
         block_tables.stride(0), *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
-        BG=max(16, triton.next_power_of_2(Hq // Hkv)),
-        BB=max(64, triton.next_power_of_2(B)),
-        SPLIT=SPLIT,
-        **shape,
-        **choice,
+        BG=max(16, triton.next_power_of_2(Hq // Hkv)), BB=max(64, triton.next_power_of_2(B)),
+        SPLIT=SPLIT, PAGE=page, **shape, **choice,
     )  # fmt: skip
     combine_kernel[(B, Hq)](
         part, part_lse, out, seq_lens, splits, capacity,
@@ -281,18 +251,16 @@ def decode(q, k_cache, v_cache, block_tables, seq_lens, scale):
 
 def prefill(q, k_cache, v_cache, block_tables, cu_seqlens, seq_lens, scale):
     """Launch the prefill kernel: out [T, Hq, D]."""
-    (T, Hq, D), Hkv, B = q.shape, k_cache.shape[2], len(seq_lens)
+    (T, Hq, D), (page, Hkv), B = q.shape, k_cache.shape[1:3], len(seq_lens)
+    shape = constants(q, Hkv, scale)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     choice = tile("paged_prefill", q, D=D)
     choice["BM"] = max(choice["BM"], triton.next_power_of_2(Hq // Hkv))  # a token's group fits
     tokens = choice["BM"] // (Hq // Hkv)
-    prefill_kernel[(slots(T, B, tokens), Hkv)](
+    prefill_kernel[(attention_tiles.slots(T, B, tokens), Hkv)](
         q, k_cache, v_cache, out, block_tables, cu_seqlens, seq_lens, B,
         block_tables.stride(0), *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
-        TOKENS=tokens,
-        CHUNK=slots_chunk(B),
-        **constants(q, k_cache, scale),
-        **choice,
+        TOKENS=tokens, CHUNK=attention_tiles.slots_chunk(B), PAGE=page, **shape, **choice,
     )  # fmt: skip
     return out
 
@@ -308,8 +276,7 @@ def paged_attention(q, k_cache, v_cache, block_tables, seq_lens, scale=None, imp
     if impl == "torch":
         run = decode_on_cpu if q.device.type == "cpu" else reference_decode
         return run(q, k_cache, v_cache, block_tables, seq_lens, scale)
-    q, k_cache, v_cache, block_tables = map(dense_rows, (q, k_cache, v_cache, block_tables))
-    return decode(q, k_cache, v_cache, block_tables, seq_lens, scale)
+    return decode(*map(dense, (q, k_cache, v_cache, block_tables)), seq_lens, scale)
 
 
 def paged_prefill(q, k_cache, v_cache, block_tables, cu_seqlens, seq_lens, scale=None, impl="auto"):
@@ -323,9 +290,8 @@ def paged_prefill(q, k_cache, v_cache, block_tables, cu_seqlens, seq_lens, scale
     if impl == "torch":
         run = prefill_on_cpu if q.device.type == "cpu" else reference_prefill
         return run(q, k_cache, v_cache, block_tables, cu_seqlens, seq_lens, scale)
-    q, k_cache, v_cache, block_tables = map(dense_rows, (q, k_cache, v_cache, block_tables))
-    cu_seqlens = cu_seqlens.to(torch.int32)
-    return prefill(q, k_cache, v_cache, block_tables, cu_seqlens, seq_lens, scale)
+    inputs = map(dense, (q, k_cache, v_cache, block_tables))
+    return prefill(*inputs, cu_seqlens.to(torch.int32), seq_lens, scale)
 
 
 def decode_on_cpu(q, k_cache, v_cache, block_tables, seq_lens, scale):
@@ -357,41 +323,27 @@ def prefill_on_cpu(q, k_cache, v_cache, block_tables, cu_seqlens, seq_lens, scal
     return torch.cat(parts)
 
 
-def dense_rows(x):
-    """Kernels read rows without a stride of their own: copy where the last one is not 1."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def probe_case(device, dtype):
-    """A small cache with scattered pages: k_cache, v_cache, block_tables, seq_lens."""
-    caches = [torch.randn(99, 16, 2, 64, device=device, dtype=dtype) for _ in "kv"]
+def probe_case(device, dtype, tokens):
+    """A small cache with scattered pages: q, k_cache, v_cache, block_tables, seq_lens."""
+    q = torch.randn(tokens, 8, 64, device=device, dtype=dtype)
+    caches = torch.randn(2, 99, 16, 2, 64, device=device, dtype=dtype)
     tables = torch.randperm(99, device=device)[:90].view(2, 45).to(torch.int32)
-    return *caches, tables, torch.tensor([700, 90], dtype=torch.int32, device=device)
+    return q, *caches, tables, torch.tensor([700, 90], dtype=torch.int32, device=device)
 
 
 def probe_decode(device, dtype):
-    """For `dispatch.trial`: the same small case through kernel and reference."""
-    case = probe_case(device, dtype)
-    q = torch.randn(2, 8, 64, device=device, dtype=dtype)
-    return [paged_attention(q, *case, impl="triton")], [paged_attention(q, *case, impl="torch")]
+    """The trial launch of `paged_attention`."""
+    return both_ways(paged_attention, *probe_case(device, dtype, tokens=2))
 
 
 def probe_prefill(device, dtype):
-    """For `dispatch.trial`: 20 and 3 new tokens, through kernel and reference."""
-    *caches, tables, seq_lens = probe_case(device, dtype)
-    q = torch.randn(23, 8, 64, device=device, dtype=dtype)
-    case = q, *caches, tables, torch.tensor([0, 20, 23], device=device), seq_lens
-    return [paged_prefill(*case, impl="triton")], [paged_prefill(*case, impl="torch")]
+    """The trial launch of `paged_prefill`: 20 and 3 new tokens."""
+    *case, seq_lens = probe_case(device, dtype, tokens=23)
+    return both_ways(paged_prefill, *case, torch.tensor([0, 20, 23], device=device), seq_lens)
 
 
 def aot_cases(arch):
-    """What `kernels/check.py` compiles here: batches of up to 64, pages of 16."""
+    """What `kernels/check.py` compiles here."""
     kernels = {"decode": decode_kernel, "combine": combine_kernel, "prefill": prefill_kernel}
-    for op, function in kernels.items():
-        for kind, constants, options in aot_rows(f"paged_{op}", arch):
-            constants |= {"BG": 16, "PAGE": 16, "SPLIT": SPLIT, "BB": 64}
-            constants["TOKENS"] = constants.get("BM", 0) // 7
-            constants = {k: v for k, v in constants.items() if k in function.arg_names}
-            types = aot_signature(function, kind)
-            cores = kind == "bf16" and op != "combine"
-            yield f"paged_{op} {kind}", function, types, constants, options, cores
+    named = {f"paged_{op}": kernel for op, kernel in kernels.items()}
+    return attention_tiles.aot_cases(arch, named, SPLIT=SPLIT)

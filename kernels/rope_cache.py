@@ -20,8 +20,8 @@ Traffic only: each of q, k and v read once and written once, 2 * 2 * (Hq + 2 Hkv
 
 import torch
 
-from kernels.dispatch import choose
-from kernels.tiles import choices, compile_time, tile
+from kernels.dispatch import both_ways, choose, dense
+from kernels.tiles import aot_case, choices, tile
 from kernels.triton_compat import jit, tl, triton
 
 
@@ -103,11 +103,6 @@ def shapes(Hq, Hkv, D):
     return sizes | {"BQ": power(Hq), "BKV": power(Hkv), "BD": power(D // 2)}
 
 
-def dense(x):
-    """Kernels walk the last dimension without a stride: copy where it has one."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def launch(q, k, cos, sin, positions, back=False, v=None, caches=None, slots=None):
     """Launch the kernel: (q, k) rotated, or q rotated and k and v written to the caches."""
     q, k, cos, sin = dense(q), dense(k), cos.contiguous(), sin.contiguous()
@@ -164,54 +159,37 @@ def rope_write(q, k, v, cos, sin, positions, k_cache, v_cache, slots, impl="auto
     impl = choose(impl, "rope_write", q, k, v, probe=probe_write)
     if impl == "torch" or q.shape[0] == 0:
         return reference_write(q, k, v, cos, sin, positions, k_cache, v_cache, slots)
-    return launch(
-        q, k, cos, sin, positions, v=v, caches=(k_cache, v_cache), slots=slots.contiguous()
-    )[0]
-
-
-def example(device, dtype, T=20):
-    """Inputs of a small launch: q, k, cos, sin, positions."""
-    q = torch.randn(T, 6, 64, device=device, dtype=dtype)
-    k = torch.randn(T, 2, 64, device=device, dtype=dtype)
-    angles = torch.randn(100, 32, device=device)
-    return q, k, angles.cos(), angles.sin(), torch.randint(0, 100, (T,), device=device)
+    caches, slots = (k_cache, v_cache), slots.contiguous()
+    return launch(q, k, cos, sin, positions, v=v, caches=caches, slots=slots)[0]
 
 
 def probe(device, dtype):
-    """The trial launch of `rope`: outputs and gradients of kernel and reference."""
-    q, k, *tables = example(device, dtype)
-    sides = []
-    for impl in ("triton", "torch"):
-        a, b = q.clone().requires_grad_(), k.clone().requires_grad_()
-        turned = rope(a, b, *tables, impl=impl)
-        (turned[0] * q.flip(0)).sum().backward(retain_graph=True)
-        (turned[1] * k.flip(0)).sum().backward()
-        sides.append((turned[0].detach(), turned[1].detach(), a.grad, b.grad))
-    return sides
+    """The trial launch of `rope`."""
+    q, k = (torch.randn(20, h, 64, device=device, dtype=dtype, requires_grad=True) for h in (6, 2))
+    angles = torch.randn(100, 32, device=device)
+    positions = torch.randint(0, 100, (20,), device=device)
+    return both_ways(rope, q, k, angles.cos(), angles.sin(), positions)
 
 
 def probe_write(device, dtype):
     """The trial launch of `rope_write`: rotated q and both caches."""
-    q, k, *tables = example(device, dtype)
+    q, k, v = (torch.randn(20, h, 64, device=device, dtype=dtype) for h in (6, 2, 2))
+    angles = torch.randn(100, 32, device=device)
+    caches = torch.zeros(2, 4, 8, 2, 64, device=device, dtype=dtype)
     slots = torch.randperm(32, device=device)[:20]
     slots[5] = -1
-    sides = []
-    for impl in ("triton", "torch"):
-        caches = torch.zeros(2, 4, 8, 2, 64, device=device, dtype=dtype)
-        turned = rope_write(q, k, k.flip(0), *tables, *caches, slots, impl=impl)
-        sides.append((turned, caches))
-    return sides
+
+    def write(*args, impl):
+        return rope_write(*args, impl=impl), *args[6:8]
+
+    positions = slots + 50
+    return both_ways(write, q, k, v, angles.cos(), angles.sin(), positions, *caches, slots)
 
 
 def aot_cases(arch):
     """What `kernels/check.py` compiles: the head shapes of Qwen2.5 0.5B, 7B and 32B."""
-    types = dict.fromkeys(("q", "k", "v", "q_out", "k_out", "v_out"), "*bf16")
-    types |= dict.fromkeys(("cos", "sin"), "*fp32") | dict.fromkeys(("positions", "slots"), "*i64")
-    for name in ("q", "k", "v", "out", "v_out"):
-        types |= {f"{name}_token": "i32:16", f"{name}_head": "i32:16"}
     for _, values in choices("rope", arch):
         for heads in ((14, 2, 64), (28, 4, 128), (40, 8, 128)):
             for name, write in (("rope", False), ("rope_write", True)):
-                constexprs, options = compile_time(values)
-                constexprs |= {"WRITE": write, "BACK": False, **shapes(*heads)}
-                yield name, rope_kernel, types, constexprs, options, False
+                shape = {"WRITE": write, "BACK": False, **shapes(*heads)}
+                yield aot_case(name, rope_kernel, values, **shape)

@@ -178,12 +178,6 @@ def choices(op, arch):
     return [(limits, values) for archs, limits, values in TILES[op] if arch in archs.split()]
 
 
-def compile_time(values):
-    """A row's values, split in the kernel's constexprs and the compiler's options."""
-    options = {k: v for k, v in values.items() if k in ("num_warps", "num_stages")}
-    return {k: v for k, v in values.items() if k not in options}, options
-
-
 def tile(op, where, **shape):
     """The values for this shape. where: a tensor (its device and dtype decide) or "sm_90" etc.
 
@@ -200,3 +194,33 @@ def tile(op, where, **shape):
             given[op] = limits
             return dict(values)
     raise ValueError(f"no tile for {op} on {where} with {shape}")
+
+
+# What a kernel's argument is, by its name. What is not named here is a stride, if its name has an
+# underscore (divisible by 16, as in real launches), else a tensor of the inputs' type.
+TYPES = {
+    "i32": "B T N V splits capacity first width",
+    "i32:16": "H C",
+    "fp32": "scale",
+    "*i32": "cu_seqlens seq_lens block_tables words",
+    "*i64": "targets stream position positions slots ids",
+    "*fp32": "tops totals moments chosen scores logits logp entropy grad_logp grad_entropy "
+    "temperature lse delta part part_lse inverse dweight cos sin",
+    "*": "k_cache v_cache q_out k_out v_out grad_y grad_s",
+}
+TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names.split()}
+
+
+def aot_case(name, function, values, kind="bf16", cores=False, types=(), **shape):
+    """A kernel for `kernels/check.py` to compile: name, function, signature, constexprs, options,
+    and whether it must use tensor cores.
+
+    values: a row of the table; kind: the inputs' type; types: arguments that `TYPES` has wrong;
+    shape: the constexprs that are no choice (more than the kernel has may be given).
+    """
+    names, given = function.arg_names, {**shape, **values}
+    signature = {name: TYPE_OF.get(name, "i32:16" if "_" in name else "*") for name in names}
+    signature = {name: f"*{kind}" if of == "*" else of for name, of in signature.items()}
+    constexprs = {name: given[name] for name in names if name in given}
+    options = {option: values[option] for option in ("num_warps", "num_stages")}
+    return name, function, signature | dict(types), constexprs, options, cores
