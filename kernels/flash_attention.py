@@ -104,18 +104,15 @@ def forward_kernel(
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
     diagonal = first // BN * BN  # the keys before it are seen by all rows of the tile
-    for n in range(0, diagonal, BN):
-        at = (n + keys).to(tl.int64)[:, None]
-        k_tile = load_tile(k + at * k_token + d[None, :], in_row, in_d, False, D < BD)
-        v_tile = load_tile(v + at * v_token + d[None, :], in_row, in_d, False, D < BD)
-        top, total, acc = attend(q_tile, k_tile, v_tile, True, top, total, acc, SCALE, False)
-    for n in range(diagonal, tl.minimum(first + BM, length), BN):
-        columns = n + keys
-        at = columns.to(tl.int64)[:, None]
-        k_tile = load_tile(k + at * k_token + d[None, :], columns < length, in_d, True, D < BD)
-        v_tile = load_tile(v + at * v_token + d[None, :], columns < length, in_d, True, D < BD)
-        seen = rows[:, None] >= columns[None, :]
-        top, total, acc = attend(q_tile, k_tile, v_tile, seen, top, total, acc, SCALE, True)
+    for MASKED in tl.static_range(2):  # two loops: the compiler writes one for each value
+        end = tl.minimum(first + BM, length) if MASKED else diagonal
+        for n in range(diagonal * MASKED, end, BN):
+            columns = n + keys
+            at = columns.to(tl.int64)[:, None]
+            k_tile = load_tile(k + at * k_token + d[None, :], columns < length, in_d, MASKED, D < BD)
+            v_tile = load_tile(v + at * v_token + d[None, :], columns < length, in_d, MASKED, D < BD)
+            seen = rows[:, None] >= columns[None, :]
+            top, total, acc = attend(q_tile, k_tile, v_tile, seen, top, total, acc, SCALE, MASKED)
 
     acc = acc / total[:, None]
     out_at = out + (tokens * HEADS + head)[:, None] * D + d[None, :]

@@ -57,32 +57,6 @@ def delta_kernel(
 
 
 @jit
-def dkdv_step(
-    k, v, dk, dv, q_at, g_at, lse_at, delta_at, in_row, in_d, seen,
-    SCALE: tl.constexpr, MASKED: tl.constexpr, PADDED: tl.constexpr,
-):  # fmt: skip
-    """Add what BM rows of one query head contribute to dk and dv of this program's keys."""
-    q = load_tile(q_at, in_row, in_d, MASKED, PADDED)
-    g = load_tile(g_at, in_row, in_d, MASKED, PADDED)
-    if MASKED:  # exp2(x - inf) = 0: a row past the end weighs nothing
-        lse = tl.load(lse_at, mask=in_row, other=float("inf"))
-    else:
-        lse = tl.load(lse_at)
-    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * SCALE - lse[None, :])  # [BN, BM]
-    if MASKED:
-        p = tl.where(seen, p, 0.0)
-    dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")
-    dp = tl.dot(v, tl.trans(g), input_precision="ieee")
-    if MASKED:
-        delta = tl.load(delta_at, mask=in_row, other=0.0)
-    else:
-        delta = tl.load(delta_at)
-    ds = p * (dp - delta[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    return dk, dv
-
-
-@jit
 def dkdv_kernel(
     q, k, v, grad, lse, delta, dk, dv, cu_seqlens, B, T,
     q_token, q_head, k_token, k_head, v_token, v_head,
@@ -118,49 +92,42 @@ def dkdv_kernel(
     grad += (start.to(tl.int64) * HEADS + kv_head * GROUP) * D
     lse += (kv_head * GROUP).to(tl.int64) * T + start
     delta += (kv_head * GROUP).to(tl.int64) * T + start
-    for step in range(0, GROUP * full):
-        g, i = step // full, step % full
-        rows = first + (DIAGONAL + i) * BM + tl.arange(0, BM)
-        at = rows.to(tl.int64)[:, None]
-        dk_acc, dv_acc = dkdv_step(
-            k_tile, v_tile, dk_acc, dv_acc,
-            q + g * q_head + at * q_token + d[None, :],
-            grad + g * D + at * (HEADS * D) + d[None, :],
-            lse + g * T + rows, delta + g * T + rows,
-            rows < length, in_d, True, SCALE, False, D < BD,
-        )  # fmt: skip
-    for step in tl.range(0, GROUP * masked, num_stages=1):
-        g, i = step // masked, step % masked
-        rows = first + tl.where(i < DIAGONAL, i, full + i) * BM + tl.arange(0, BM)
-        at = rows.to(tl.int64)[:, None]
-        dk_acc, dv_acc = dkdv_step(
-            k_tile, v_tile, dk_acc, dv_acc,
-            q + g * q_head + at * q_token + d[None, :],
-            grad + g * D + at * (HEADS * D) + d[None, :],
-            lse + g * T + rows, delta + g * T + rows,
-            rows < length, in_d, rows[None, :] >= columns[:, None], SCALE, True, D < BD,
-        )  # fmt: skip
+    for MASKED in tl.static_range(2):
+        count = masked if MASKED else full
+        for step in tl.range(0, GROUP * count, num_stages=1 if MASKED else None):
+            h, i = step // count, step % count
+            tile_row = tl.where(i < DIAGONAL, i, full + i) if MASKED else DIAGONAL + i
+            rows = first + tile_row * BM + tl.arange(0, BM)
+            at = rows.to(tl.int64)[:, None]
+            q_at = q + h * q_head + at * q_token + d[None, :]
+            g_at = grad + h * D + at * (HEADS * D) + d[None, :]
+            lse_at = lse + h * T + rows
+            delta_at = delta + h * T + rows
+            in_row = rows < length
+            seen = rows[None, :] >= columns[:, None]
+            q_tile = load_tile(q_at, in_row, in_d, MASKED, D < BD)
+            g_tile = load_tile(g_at, in_row, in_d, MASKED, D < BD)
+            if MASKED:  # exp2(x - inf) = 0: a row past the end weighs nothing
+                lse_row = tl.load(lse_at, mask=in_row, other=float("inf"))
+            else:
+                lse_row = tl.load(lse_at)
+            logits = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * SCALE  # [BN, BM]
+            p = tl.exp2(logits - lse_row[None, :])
+            if MASKED:
+                p = tl.where(seen, p, 0.0)
+            dv_acc = tl.dot(p.to(g_tile.dtype), g_tile, dv_acc, input_precision="ieee")
+            dp = tl.dot(v_tile, tl.trans(g_tile), input_precision="ieee")
+            if MASKED:
+                delta_row = tl.load(delta_at, mask=in_row, other=0.0)
+            else:
+                delta_row = tl.load(delta_at)
+            ds = p * (dp - delta_row[None, :])
+            dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
     LN2: tl.constexpr = 0.6931471805599453
     key_at = (keys * (HEADS // GROUP) + kv_head)[:, None] * D + d[None, :]
     inside = in_column[:, None] & in_d[None, :]
     tl.store(dk + key_at, (dk_acc * (SCALE * LN2)).to(dk.dtype.element_ty), mask=inside)
     tl.store(dv + key_at, dv_acc.to(dv.dtype.element_ty), mask=inside)
-
-
-@jit
-def dq_step(
-    q, g, lse, delta, dq, k_at, v_at, in_column, in_d, seen,
-    SCALE: tl.constexpr, MASKED: tl.constexpr, PADDED: tl.constexpr,
-):  # fmt: skip
-    """Add what BN keys contribute to dq of this program's rows."""
-    k = load_tile(k_at, in_column, in_d, MASKED, PADDED)
-    v = load_tile(v_at, in_column, in_d, MASKED, PADDED)
-    p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE - lse[:, None])  # [BM, BN]
-    if MASKED:
-        p = tl.where(seen, p, 0.0)
-    dp = tl.dot(g, tl.trans(v), input_precision="ieee")
-    ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
 @jit
@@ -195,22 +162,24 @@ def dq_kernel(
 
     acc = tl.zeros([BM, BD], tl.float32)
     diagonal = first // BN * BN
-    for n in range(0, diagonal, BN):
-        columns = n + keys
-        key = columns.to(tl.int64)[:, None]
-        acc = dq_step(
-            q_tile, g_tile, lse_row, delta_row, acc,
-            k + key * k_token + d[None, :], v + key * v_token + d[None, :],
-            columns < length, in_d, True, SCALE, False, D < BD,
-        )  # fmt: skip
-    for n in range(diagonal, tl.minimum(first + BM, length), BN):
-        columns = n + keys
-        key = columns.to(tl.int64)[:, None]
-        acc = dq_step(
-            q_tile, g_tile, lse_row, delta_row, acc,
-            k + key * k_token + d[None, :], v + key * v_token + d[None, :],
-            columns < length, in_d, rows[:, None] >= columns[None, :], SCALE, True, D < BD,
-        )  # fmt: skip
+    for MASKED in tl.static_range(2):
+        end = tl.minimum(first + BM, length) if MASKED else diagonal
+        for n in range(diagonal * MASKED, end, BN):
+            columns = n + keys
+            key = columns.to(tl.int64)[:, None]
+            k_at = k + key * k_token + d[None, :]
+            v_at = v + key * v_token + d[None, :]
+            in_column = columns < length
+            seen = rows[:, None] >= columns[None, :]
+            k_tile = load_tile(k_at, in_column, in_d, MASKED, D < BD)
+            v_tile = load_tile(v_at, in_column, in_d, MASKED, D < BD)
+            logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * SCALE  # [BM, BN]
+            p = tl.exp2(logits - lse_row[:, None])
+            if MASKED:
+                p = tl.where(seen, p, 0.0)
+            dp = tl.dot(g_tile, tl.trans(v_tile), input_precision="ieee")
+            ds = p * (dp - delta_row[:, None])
+            acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
 
     LN2: tl.constexpr = 0.6931471805599453
     inside = in_row[:, None] & in_d[None, :]

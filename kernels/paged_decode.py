@@ -206,19 +206,15 @@ def prefill_kernel(
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
     diagonal = (before + first + 1) // BN * BN  # the keys before it are seen by all rows
-    for n in range(0, diagonal, BN):
-        k, v = paged_tile(
-            k_cache, v_cache, table, n, length, d, in_d,
-            k_page, k_token, v_page, v_token, PAGE, BN, False, D < BD,
-        )  # fmt: skip
-        top, total, acc = attend(q_tile, k, v, True, top, total, acc, SCALE, False)
-    for n in range(diagonal, tl.minimum(before + first + TOKENS, length), BN):
-        k, v = paged_tile(
-            k_cache, v_cache, table, n, length, d, in_d,
-            k_page, k_token, v_page, v_token, PAGE, BN, True, D < BD,
-        )  # fmt: skip
-        seen = position[:, None] >= (n + tl.arange(0, BN))[None, :]
-        top, total, acc = attend(q_tile, k, v, seen, top, total, acc, SCALE, True)
+    for MASKED in tl.static_range(2):
+        end = tl.minimum(before + first + TOKENS, length) if MASKED else diagonal
+        for n in range(diagonal * MASKED, end, BN):
+            k, v = paged_tile(
+                k_cache, v_cache, table, n, length, d, in_d,
+                k_page, k_token, v_page, v_token, PAGE, BN, MASKED, D < BD,
+            )  # fmt: skip
+            seen = position[:, None] >= (n + tl.arange(0, BN))[None, :]
+            top, total, acc = attend(q_tile, k, v, seen, top, total, acc, SCALE, MASKED)
 
     out_at = out + ((rows * HEADS + head) * D)[:, None] + d[None, :]
     inside = in_row[:, None] & in_d[None, :]
