@@ -44,11 +44,10 @@ def pad_index(cu_seqlens):
     """Where each packed token lies in a padded [B, L] batch: flat index [T] and L."""
     cu_seqlens = cu_seqlens.long()
     lengths = cu_seqlens.diff()
-    longest = int(lengths.max())
-    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-    total = int(cu_seqlens[-1])
-    offset = torch.arange(total, device=lengths.device) - cu_seqlens[:-1][sequence]
-    return sequence * longest + offset, longest
+    sequence = torch.repeat_interleave(lengths)  # of each token
+    offset = torch.arange(len(sequence), device=lengths.device) - cu_seqlens[sequence]
+    L = int(lengths.max())
+    return sequence * L + offset, L
 
 
 def pad(x, index, B, L):
@@ -58,7 +57,7 @@ def pad(x, index, B, L):
 
 
 def unpad(x, index):
-    """[B, H, L, D] -> packed [T, H, D]."""
+    """And back."""
     return x.transpose(1, 2).flatten(0, 1)[index]
 
 
@@ -109,8 +108,9 @@ def forward_kernel(
         for n in range(diagonal * MASKED, end, BN):
             columns = n + keys
             at = columns.to(tl.int64)[:, None]
-            k_tile = load_tile(k + at * k_token + d[None, :], columns < length, in_d, MASKED, D < BD)
-            v_tile = load_tile(v + at * v_token + d[None, :], columns < length, in_d, MASKED, D < BD)
+            k_at, inside = k + at * k_token + d[None, :], columns < length
+            k_tile = load_tile(k_at, inside, in_d, MASKED, D < BD)
+            v_tile = load_tile(v + at * v_token + d[None, :], inside, in_d, MASKED, D < BD)
             seen = rows[:, None] >= columns[None, :]
             top, total, acc = attend(q_tile, k_tile, v_tile, seen, top, total, acc, SCALE, MASKED)
 

@@ -52,28 +52,26 @@ def gather(cache, block_tables):
     return rows.view(B, M * cache.shape[1], *cache.shape[2:]).transpose(1, 2)
 
 
-def reference_decode(q, k_cache, v_cache, block_tables, seq_lens, scale=None):
-    """Gather each sequence's blocks and attend with the positions past its end masked."""
+def attend_gathered(q, k_cache, v_cache, block_tables, last, scale):
+    """Gather each sequence's blocks; query [B, Hq, L, D] sees the positions up to last [B, L]."""
     k, v = gather(k_cache, block_tables), gather(v_cache, block_tables)
-    mask = torch.arange(k.shape[2], device=q.device) < seq_lens[:, None]  # [B, S]
-    out = F.scaled_dot_product_attention(
-        q[:, :, None], k, v, mask[:, None, None], scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )  # [B, Hq, 1, D]
-    return out[:, :, 0]
+    mask = torch.arange(k.shape[2], device=q.device) <= last[..., None]  # [B, L, S]
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask[:, None], scale=scale, enable_gqa=grouped)
+
+
+def reference_decode(q, k_cache, v_cache, block_tables, seq_lens, scale=None):
+    """The one query of each sequence sits at its end."""
+    last = seq_lens[:, None] - 1
+    return attend_gathered(q[:, :, None], k_cache, v_cache, block_tables, last, scale)[:, :, 0]
 
 
 def reference_prefill(q, k_cache, v_cache, block_tables, cu_seqlens, seq_lens, scale=None):
     """The new tokens are the last ones of each sequence: query i sits at seq_len - new + i."""
     index, L = pad_index(cu_seqlens)
-    k, v = gather(k_cache, block_tables), gather(v_cache, block_tables)
-    q = pad(q, index, len(seq_lens), L)  # [B, Hq, L, D]
-    first = (seq_lens - cu_seqlens.diff())[:, None]  # position of each sequence's first new token
-    limit = first + torch.arange(L, device=q.device)  # [B, L] position of each query
-    mask = torch.arange(k.shape[2], device=q.device) <= limit[..., None]  # [B, L, S]
-    out = F.scaled_dot_product_attention(
-        q, k, v, mask[:, None], scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return unpad(out, index)
+    q = pad(q, index, len(seq_lens), L)
+    last = (seq_lens - cu_seqlens.diff())[:, None] + torch.arange(L, device=q.device)
+    return unpad(attend_gathered(q, k_cache, v_cache, block_tables, last, scale), index)
 
 
 @jit
