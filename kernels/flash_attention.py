@@ -22,11 +22,9 @@ of `attention_tiles.attend`. It writes its rows of out, and lse, from which the 
                                             | #  | #  | #  | \  |  <- started first: the longest
                                             +----+----+----+----+
 
-Work and traffic of one sequence of L tokens: 4 * Hq * D * L^2 / 2 floating-point operations, and
-2 * L * (2 Hq + 2 Hkv) * D bytes at least (bf16), that is L / (2 * (1 + Hkv / Hq)) operations a
-byte: at 4,096 tokens more than 1,000, far above the 180 or so at which an H200 stops waiting for
-memory. So tensor cores are the limit, and beside them exp2: at 16 a clock and SM it takes half as
-many clocks as the two products of a D = 128 tile. That is why so little else is done per logit.
+A sequence of L tokens takes 4 * Hq * D * L^2 / 2 operations on 2 * L * (2 Hq + 2 Hkv) * D bytes or
+more (bf16): at 4,096 tokens over 1,000 a byte, where an H200 stops waiting for memory at 180. So
+tensor cores are the limit, and beside them exp2, which takes half as many clocks as the products.
 """
 
 import torch

@@ -6,9 +6,9 @@ With s = q k^T * scale, p = exp(s - lse), out = p v and the gradient g of out:
     delta[t] = sum_s p[t, s] dp[t, s] = out[t] . g[t]                dq = scale * ds k
 
 p and dp are made again tile by tile from q, k, v, g and the saved lse; `delta`, one number a row,
-comes first. dk and dv are sums over the rows below the diagonal, dq is a sum over the columns
-left of it. One kernel that did both would have to add one of them up across programs, with atomics,
-in an order that changes from run to run; so there are two, and p and dp are computed in both.
+comes first. dk and dv are sums over rows, dq is a sum over columns: one kernel for both would add
+one of them up across programs, with atomics, in another order each run; so there are two, and p
+and dp are computed in both.
 
     dkdv: a program owns BN keys      dq: a program owns BM rows
     of one key head, walks down       of one query head, walks right
@@ -25,12 +25,10 @@ in an order that changes from run to run; so there are two, and p and dp are com
         +----+
           the last rows, masked: a sequence need not end where a tile does
 
-Operations: 5 products are needed, 10 * Hq * D * L^2 / 2 for a sequence of L tokens; 7 are done (p
-and dp twice). So the count that benchmarks quote can reach 5/7 of the matrix rate at best.
-Bytes: q, k, v, out, g read, dq, dk, dv written, L * D * 2 * (4 Hq + 4 Hkv), some of it twice.
-
-In dkdv the tiles are computed transposed, p^T = exp(k q^T - lse), so that p^T and ds^T come out of
-one product in the registers where the next one wants its left operand.
+Of 7 products (p and dp twice) 5 are needed, 10 * Hq * D * L^2 / 2 operations for L tokens: that
+count, which benchmarks quote, can reach 5/7 of the matrix rate at best. In dkdv the tiles are
+transposed, p^T = exp(k q^T - lse), so that p^T and ds^T come out of one product in the registers
+where the next one wants its left operand.
 """
 
 import torch

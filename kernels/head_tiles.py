@@ -1,10 +1,9 @@
 """What the two heads, log-prob and sampling, do with a tile of logits that is never stored.
 
-Both ask of hidden [N, H] @ weight[V, H].T only what a running sum or a running maximum can tell, so
-both cut the vocabulary in tiles, make a [BM, BN] tile of logits in registers (`logits_tile`), take
-it into the sums of a softmax (`online_step`), and forget it. Different programs do different parts
-of the vocabulary; their sums meet in `merge_sums`. That sampler and trainer share this file is why
-the log-probs they report of a token agree.
+Both ask of hidden [N, H] @ weight[V, H].T only what a running sum or maximum can tell, so both cut
+the vocabulary in tiles, make a [BM, BN] tile of logits in registers (`logits_tile`), take it into
+the sums of a softmax (`online_step`), and forget it. The sums of different parts of the vocabulary
+meet in `merge_sums`. Sharing this file is why sampler and trainer agree on a token's log-prob.
 
 Triton in eight lines, for a reader who knows PyTorch. A kernel is launched as kernel[grid](...) and
 then runs as grid[0] programs, each of which asks `tl.program_id(0)` who it is. Within a program one

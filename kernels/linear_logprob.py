@@ -9,11 +9,7 @@ token that was sampled and the entropy of the distribution it was sampled from:
     entropy = -sum_j p_j log p_j = lse - sum_j p_j x_j   with  p_j = exp(x_j - lse)          [N]
 
 So make a tile of logits, take from it what those sums need, and forget it. Read `head_tiles.py`
-first (a page: the tile of logits, the softmax that streams, what Triton is), then from here:
-
-    1. `forward_kernel`   four numbers per row and part of the vocabulary; `merge_kernel` adds up
-    2. `dlogits_kernel`   the gradient of a tile of logits, from a tile made again
-    3. `forward`, `backward`, `LogProb`, `logprob`    launching them
+first: the tile of logits, the softmax that streams, what Triton is.
 
 Tiling of the forward pass, and who does what (TILES = 2):
 
@@ -23,10 +19,9 @@ Tiling of the forward pass, and who does what (TILES = 2):
                   +----+----+----+----+----+--       row behind, and a small kernel merges those
                   | program | program | ...          of a row over all programs.
 
-Cost: forward is one matrix product, 2 N H V floating-point operations; the bytes are hidden and
-weight, 2 (N + V) H in bf16, read about once thanks to the order of the programs (`my_tile`), and 16
-bytes for each row and program. At N = 8192, H = 4096, V = 151,936 that is 10.2 TFLOP against 1.3
-GB: the matrix units are the limit, by a factor of 40. Backward is three such products: the logits
+Cost: forward is one matrix product, 2 N H V operations on 2 (N + V) H bytes (bf16), read about once
+thanks to the order of the programs (`my_tile`). At N = 8192, H = 4096, V = 151,936 that is 10.2
+TFLOP against 1.3 GB: the matrix units are the limit. Backward is three such products: the logits
 again (cheaper than having kept them), then dhidden and dweight, which are left to cuBLAS.
 """
 
@@ -174,20 +169,6 @@ def dlogits_kernel(
 # 3. Launching.
 
 
-def forward(hidden, weight, targets, temperature):
-    """Launch the forward kernels: logp [N], entropy [N] in nats, lse [N] in bits."""
-    N, V = len(hidden), len(weight)
-    choice = tile("logprob_forward", hidden, N=N)
-    matrices, strides = head_tiles.operands(hidden, weight, choice)
-    grid, splits = head_tiles.grid_of(N, V, choice)
-    parts = torch.empty(4, splits, N, dtype=torch.float32, device=hidden.device).unbind()
-    scale = LOG2E / temperature
-    forward_kernel[grid](*matrices, targets, *parts, N, V, *strides, splits, scale, **choice)
-    results = torch.empty(3, N, dtype=torch.float32, device=hidden.device).unbind()
-    head_tiles.merge(merge_kernel, (*parts, targets, *results), N, splits)
-    return results
-
-
 def product_fp32(a, b):
     """a @ b with the result in fp32, not rounded to the inputs' type."""
     if a.dtype == torch.float32:
@@ -195,37 +176,6 @@ def product_fp32(a, b):
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
-
-
-def backward(hidden, weight, targets, lse, entropy, grad_logp, grad_entropy, temperature, needs):
-    """Gradients of hidden and weight (None where `needs` is false).
-
-    A chunk of words at a time, because dlogits [N, V] would not fit. Chunks of the vocabulary and
-    not of the tokens: each row of dweight is then finished by one product, and only dhidden, the
-    small one, is a sum over chunks. No atomics, a fixed order: the same bits in every run.
-    """
-    (N, H), V = hidden.shape, weight.shape[0]
-    choice = tile("logprob_backward", hidden)
-    BM, BN = choice["BM"], choice["BN"]
-    matrices, strides = head_tiles.operands(hidden, weight, choice)
-    chunk = chunk_words(N, V, hidden.element_size())
-    dlogits = torch.empty(N, chunk, dtype=hidden.dtype, device=hidden.device)
-    dhidden = torch.zeros(N, H, dtype=torch.float32, device=hidden.device) if needs[0] else None
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
-    for first in range(0, V, chunk):
-        part = dlogits[:, : min(chunk, V - first)]  # [N, width]
-        tiles = triton.cdiv(N, BM) * triton.cdiv(part.shape[1], BN)
-        dlogits_kernel[(tiles,)](
-            *matrices, head_tiles.handle(part, BM, BN, choice["TMA"]), targets, lse, entropy,
-            grad_logp, grad_entropy, first, part.shape[1], N, *strides, chunk,
-            LOG2E / temperature, **choice,
-        )  # fmt: skip
-        words = slice(first, first + part.shape[1])
-        if needs[0]:
-            dhidden += product_fp32(part, weight[words])  # [N, width] @ [width, H]
-        if needs[1]:
-            torch.mm(part.T, hidden, out=dweight[words])  # [width, N] @ [N, H]
-    return dhidden.to(hidden.dtype) if needs[0] else None, dweight
 
 
 def chunk_words(N, V, element_size):
@@ -240,17 +190,53 @@ class LogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
-        logp, entropy, lse = forward(hidden, weight, targets, temperature)
+        N, V = len(hidden), len(weight)
+        choice = tile("logprob_forward", hidden, N=N)
+        matrices, strides = head_tiles.operands(hidden, weight, choice)
+        grid, splits = head_tiles.grid_of(N, V, choice)
+        parts = torch.empty(4, splits, N, dtype=torch.float32, device=hidden.device).unbind()
+        ctx.scale = LOG2E / temperature
+        forward_kernel[grid](
+            *matrices, targets, *parts, N, V, *strides, splits, ctx.scale, **choice
+        )
+        results = torch.empty(3, N, dtype=torch.float32, device=hidden.device).unbind()
+        head_tiles.merge(merge_kernel, (*parts, targets, *results), N, splits)
+        logp, entropy, lse = results
         ctx.save_for_backward(hidden, weight, targets, lse, entropy)
-        ctx.temperature = temperature
         return logp, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_logp, grad_entropy):
-        grads = grad_logp.contiguous(), grad_entropy.contiguous()
-        needs = ctx.needs_input_grad[:2]
-        return *backward(*ctx.saved_tensors, *grads, ctx.temperature, needs), None, None
+    def backward(ctx, *grads):
+        """A chunk of words at a time, because dlogits [N, V] would not fit. Of words and not of
+        tokens: each row of dweight is then finished by one product, and only dhidden, the small
+        one, is a sum over chunks. No atomics, a fixed order: the same bits in every run."""
+        hidden, weight, *rows = ctx.saved_tensors
+        rows += [grad.contiguous() for grad in grads]
+        (N, H), V = hidden.shape, len(weight)
+        choice = tile("logprob_backward", hidden)
+        BM, BN, TMA = choice["BM"], choice["BN"], choice["TMA"]
+        matrices, strides = head_tiles.operands(hidden, weight, choice)
+        chunk = chunk_words(N, V, hidden.element_size())
+        dlogits = torch.empty(N, chunk, dtype=hidden.dtype, device=hidden.device)
+        dhidden = dweight = None
+        if ctx.needs_input_grad[0]:
+            dhidden = torch.zeros(N, H, dtype=torch.float32, device=hidden.device)
+        if ctx.needs_input_grad[1]:
+            dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        for first in range(0, V, chunk):
+            part = dlogits[:, : min(chunk, V - first)]  # [N, width]
+            width = part.shape[1]
+            dlogits_kernel[(triton.cdiv(N, BM) * triton.cdiv(width, BN),)](
+                *matrices, head_tiles.handle(part, BM, BN, TMA), *rows, first, width, N,
+                *strides, chunk, ctx.scale, **choice,
+            )  # fmt: skip
+            words = slice(first, first + width)
+            if dhidden is not None:
+                dhidden += product_fp32(part, weight[words])  # [N, width] @ [width, H]
+            if dweight is not None:
+                torch.mm(part.T, hidden, out=dweight[words])  # [width, N] @ [N, H]
+        return None if dhidden is None else dhidden.to(hidden.dtype), dweight, None, None
 
 
 def logprob(hidden, weight, targets, temperature=1.0, impl="auto"):

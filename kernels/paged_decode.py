@@ -6,15 +6,12 @@ pool without fragmentation, and two sequences with a common beginning can list t
 `paged_attention` is decoding (one new token each); `paged_prefill` lets several new tokens of a
 sequence attend to all that is cached of it, themselves included.
 
-Decoding reads each cached key and value once and does 4 * GROUP * D operations with its 4 * D
-bytes (bf16): GROUP operations a byte, 7 for Qwen2.5-7B, where an H200 could do 180. So memory is
-the limit, and all is arranged to read the cache once, from all processors, without gaps:
-
-    the GROUP query heads of one key head are the rows of one tile (padded to 16, what a tensor
-    core takes), so a key is loaded once for all of them;
-
-    sequences are cut in splits of SPLIT = 512 tokens, each a work item of its own, so that one
-    sequence of 128k tokens fills the machine as well as 512 short ones do:
+Decoding does GROUP operations for each byte of the cache (bf16), 7 for Qwen2.5-7B, where an H200
+could do 180. So memory is the limit, and all is arranged to read the cache once, from all
+processors, without gaps. The GROUP query heads of one key head are the rows of one tile (padded to
+16, what a tensor core takes), so a key is loaded once for all of them. Sequences are cut in splits
+of SPLIT = 512 tokens, each a work item, so that one sequence of 128k tokens fills the machine as
+well as 512 short ones do:
 
         sequence 0   |----512----|----512----|--300--|          items 0 1 2
         sequence 1   |-90-|                                     item  3
@@ -25,11 +22,10 @@ the limit, and all is arranged to read the cache once, from all processors, with
     a split leaves (out, lse) of its tokens in fp32; `combine_kernel` weighs them together:
         out = sum_i 2^(lse_i - L) out_i,   2^L = sum_i 2^lse_i
 
-Where a split begins depends on the sequence alone, never on the batch or the machine: the same
-sequence gives the same bits in any company. Programs find their items from `seq_lens` on the
-device; the grid depends on shapes only, so a launch can be captured in a CUDA graph. The workspace
-is B * splits * Hq * (D + 1) floats, splits = ceil(M * block_size / 512): hand in tables no
-wider than the longest sequence may become (28 heads of 128, 256 sequences of 16k: 118 MB).
+Where a split begins depends on the sequence alone: it gives the same bits in any company. Programs
+find their items from `seq_lens` on the device; the grid depends on shapes only, so a launch can be
+captured in a CUDA graph. The workspace is B * splits * Hq * (D + 1) floats, splits = ceil(M *
+block_size / 512): hand in tables no wider than the longest sequence may become.
 """
 
 import torch
@@ -219,8 +215,19 @@ def prefill_kernel(
     tl.store(out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
-def decode(q, k_cache, v_cache, block_tables, seq_lens, scale):
-    """Launch the split and the combine kernel. Nothing here reads a value from the device."""
+def paged_attention(q, k_cache, v_cache, block_tables, seq_lens, scale=None, impl="auto"):
+    """One new token per sequence against its cache. q [B, Hq, D] -> [B, Hq, D].
+
+    k_cache, v_cache [num_blocks, block_size, Hkv, D]; block_tables [B, M] (entries past a
+    sequence's end may be any valid block); seq_lens [B] counts the new token, already written.
+    impl="triton" reads no value from the device, so it can be captured in a CUDA graph.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    impl = choose(impl, "paged_attention", q, k_cache, v_cache, probe=probe_decode)
+    if impl == "torch":
+        run = decode_on_cpu if q.device.type == "cpu" else reference_decode
+        return run(q, k_cache, v_cache, block_tables, seq_lens, scale)
+    q, k_cache, v_cache, block_tables = map(dense, (q, k_cache, v_cache, block_tables))
     (B, Hq, D), (page, Hkv) = q.shape, k_cache.shape[1:3]
     shape = constants(q, Hkv, scale)
     capacity = block_tables.shape[1] * page
@@ -243,36 +250,6 @@ def decode(q, k_cache, v_cache, block_tables, seq_lens, scale):
     return out
 
 
-def prefill(q, k_cache, v_cache, block_tables, cu_seqlens, seq_lens, scale):
-    """Launch the prefill kernel: out [T, Hq, D]."""
-    (T, Hq, D), (page, Hkv), B = q.shape, k_cache.shape[1:3], len(seq_lens)
-    shape = constants(q, Hkv, scale)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    choice = tile("paged_prefill", q, D=D)
-    choice["BM"] = max(choice["BM"], triton.next_power_of_2(Hq // Hkv))  # a token's group fits
-    tokens = choice["BM"] // (Hq // Hkv)
-    prefill_kernel[(attention_tiles.slots(T, B, tokens), Hkv)](
-        q, k_cache, v_cache, out, block_tables, cu_seqlens, seq_lens, B,
-        block_tables.stride(0), *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
-        TOKENS=tokens, CHUNK=attention_tiles.slots_chunk(B), PAGE=page, **shape, **choice,
-    )  # fmt: skip
-    return out
-
-
-def paged_attention(q, k_cache, v_cache, block_tables, seq_lens, scale=None, impl="auto"):
-    """One new token per sequence against its cache. q [B, Hq, D] -> [B, Hq, D].
-
-    k_cache, v_cache [num_blocks, block_size, Hkv, D]; block_tables [B, M] (entries past a
-    sequence's end may be any valid block); seq_lens [B] counts the new token, already written.
-    """
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    impl = choose(impl, "paged_attention", q, k_cache, v_cache, probe=probe_decode)
-    if impl == "torch":
-        run = decode_on_cpu if q.device.type == "cpu" else reference_decode
-        return run(q, k_cache, v_cache, block_tables, seq_lens, scale)
-    return decode(*map(dense, (q, k_cache, v_cache, block_tables)), seq_lens, scale)
-
-
 def paged_prefill(q, k_cache, v_cache, block_tables, cu_seqlens, seq_lens, scale=None, impl="auto"):
     """Several new tokens per sequence against its cache. q [T, Hq, D] packed -> [T, Hq, D].
 
@@ -284,8 +261,19 @@ def paged_prefill(q, k_cache, v_cache, block_tables, cu_seqlens, seq_lens, scale
     if impl == "torch":
         run = prefill_on_cpu if q.device.type == "cpu" else reference_prefill
         return run(q, k_cache, v_cache, block_tables, cu_seqlens, seq_lens, scale)
-    inputs = map(dense, (q, k_cache, v_cache, block_tables))
-    return prefill(*inputs, cu_seqlens.to(torch.int32), seq_lens, scale)
+    q, k_cache, v_cache, block_tables = map(dense, (q, k_cache, v_cache, block_tables))
+    (T, Hq, D), (page, Hkv), B = q.shape, k_cache.shape[1:3], len(seq_lens)
+    shape = constants(q, Hkv, scale)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    choice = tile("paged_prefill", q, D=D)
+    choice["BM"] = max(choice["BM"], triton.next_power_of_2(Hq // Hkv))  # a token's group fits
+    tokens = choice["BM"] // (Hq // Hkv)
+    prefill_kernel[(attention_tiles.slots(T, B, tokens), Hkv)](
+        q, k_cache, v_cache, out, block_tables, cu_seqlens.to(torch.int32), seq_lens, B,
+        block_tables.stride(0), *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
+        TOKENS=tokens, CHUNK=attention_tiles.slots_chunk(B), PAGE=page, **shape, **choice,
+    )  # fmt: skip
+    return out
 
 
 def decode_on_cpu(q, k_cache, v_cache, block_tables, seq_lens, scale):

@@ -8,9 +8,8 @@ and n = s * r the normed row:
     ds = r * (g * weight - n * mean(g * weight * n)) + d          dx = dresidual = ds
     dweight = sum over rows of g * n
 
-Nothing here but memory traffic: 4 numbers a value forward (x, residual, s, y), 4 backward (g, d, s,
-ds), where PyTorch's separate steps move about three times that. So a row is read once, is held in
-registers while its mean is taken, and is written once.
+Nothing here but memory traffic: 4 numbers a value forward (x, residual, s, y) and 4 backward (g, d,
+s, ds), a third of what PyTorch's separate steps move: a row stays in registers for its mean.
 
     C ->  BC (C rounded up to a power of two)
         +------------------+

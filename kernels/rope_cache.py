@@ -108,19 +108,15 @@ def launch(q, k, cos, sin, positions, back=False, v=None, caches=None, slots=Non
     q, k, cos, sin = dense(q), dense(k), cos.contiguous(), sin.contiguous()
     (T, Hq, D), Hkv = q.shape, k.shape[1]
     q_out = torch.empty(T, Hq, D, dtype=q.dtype, device=q.device)
-    if caches is None:
-        k_out = v_out = torch.empty(T, Hkv, D, dtype=k.dtype, device=k.device)
+    write = caches is not None
+    if not write:
         v, slots = k, positions  # not read
-        rows = k_out, v_out
-    else:
-        k_out, v_out = caches
-        rows = k_out.view(-1, Hkv, D), v_out.view(-1, Hkv, D)  # raises for caches with gaps
-        v = dense(v)
+        caches = [torch.empty(T, Hkv, D, dtype=k.dtype, device=k.device)] * 2
+    v, k_out, v_out = dense(v), *(x.view(-1, Hkv, D) for x in caches)  # raises for gaps in caches
+    strides = [stride for x in (q, k, v, k_out, v_out) for stride in x.stride()[:2]]
     rope_kernel[(T,)](
-        q, k, v, q_out, k_out, v_out, cos, sin, positions, slots,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-        *rows[0].stride()[:2], *rows[1].stride()[:2],
-        WRITE=caches is not None, BACK=back, **shapes(Hq, Hkv, D), **tile("rope", q),
+        q, k, v, q_out, k_out, v_out, cos, sin, positions, slots, *strides,
+        WRITE=write, BACK=back, **shapes(Hq, Hkv, D), **tile("rope", q),
     )  # fmt: skip
     return q_out, k_out
 

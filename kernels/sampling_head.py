@@ -1,10 +1,10 @@
 """Draw the next token straight from hidden states: the head's product and the draw in one pass.
 
 Gumbel-max: add g = -log(-log(u)), u uniform, to each logit; the word with the largest sum is an
-exact draw from the softmax. Why: -log(u) is an exponential waiting time, exp(-x_j) * -log(u_j) one
-of rate exp(x_j), and the first of several such clocks to ring is j with probability
-exp(x_j) / sum exp(x). A maximum can be kept while streaming over the vocabulary, so no logits are
-stored; log-prob and entropy come from the sums that `logprob` uses too (`head_tiles.py`).
+exact draw from the softmax. Why: exp(-x_j) * -log(u_j) is an exponential waiting time of rate
+exp(x_j), and the first of such clocks to ring is j with probability exp(x_j) / sum exp(x). A
+maximum can be kept while streaming over the vocabulary, so no logits are stored; log-prob and
+entropy come from the sums that `logprob` uses too (`head_tiles.py`).
 
 The noise is Philox 4x32-10 with the request's 64-bit stream as key and (word, position, 0, 0) as
 counter: a number for each word, position and request, that nothing else in the batch can change.
@@ -15,10 +15,8 @@ counter: a number for each word, position and request, that nothing else in the 
              +----+----+----+----+--     a second kernel merges.
 
 Cost: a decode batch is small, so this is the time to read the weight once, 2 V H bytes in bf16:
-1.09 GB for V = 151,936, H = 3584, a quarter of a millisecond at 4.3 TB/s. Noise costs 10 rounds of
-Philox and two logarithms, about 150 machine instructions a logit (counted in the compiled kernel),
-which at one a lane and clock are 0.01 ms of an H200 at B = 16, and at B = 512 0.4 ms beside the
-product's 0.7. Storing logits instead costs 4 V B bytes, written once and read several times.
+1.09 GB for V = 151,936, H = 3584, a quarter of a millisecond at 4.3 TB/s. Noise, 150 instructions a
+logit (10 rounds of Philox, two logarithms), is 0.01 ms of an H200 at B = 16, 0.4 ms at B = 512.
 """
 
 import torch
@@ -141,22 +139,6 @@ def sample_merge_kernel(
     tl.store(entropy + rows, (bits - moment / total) * LN2, mask=inside)
 
 
-def launch(hidden, weight, temperature, stream, position):
-    """Launch both kernels. Reads nothing back from the device."""
-    N, V = len(hidden), len(weight)
-    choice = tile("sample", hidden, N=N)
-    matrices, strides = head_tiles.operands(hidden, weight, choice)
-    grid, splits = head_tiles.grid_of(N, V, choice)
-    parts = torch.empty(5, splits, N, dtype=torch.float32, device=hidden.device).unbind()
-    words = torch.empty(splits, N, dtype=torch.int32, device=hidden.device)
-    requests = temperature, stream, position
-    sample_kernel[grid](*matrices, *requests, *parts, words, N, V, *strides, splits, **choice)
-    ids = torch.empty(N, dtype=torch.int64, device=hidden.device)
-    logp, entropy = torch.empty(2, N, dtype=torch.float32, device=hidden.device).unbind()
-    head_tiles.merge(sample_merge_kernel, (*parts, words, ids, logp, entropy), N, splits)
-    return ids, logp, entropy
-
-
 def sample(hidden, weight, temperature, stream, position, impl="auto"):
     """hidden [B, H], weight [V, H]; temperature, stream, position [B] -> ids, logp, entropy [B].
 
@@ -167,8 +149,18 @@ def sample(hidden, weight, temperature, stream, position, impl="auto"):
     impl = choose(impl, "sample", hidden, weight, probe=probe)
     if impl == "torch" or hidden.shape[0] == 0:
         return reference(hidden, weight, temperature, stream, position)
+    N, V, device = len(hidden), len(weight), hidden.device
+    choice = tile("sample", hidden, N=N)
+    matrices, strides = head_tiles.operands(hidden, weight.to(hidden.dtype), choice)
     rows = temperature.float().contiguous(), stream.contiguous(), position.contiguous()
-    return launch(hidden, weight.to(hidden.dtype), *rows)
+    grid, splits = head_tiles.grid_of(N, V, choice)
+    parts = torch.empty(5, splits, N, dtype=torch.float32, device=device).unbind()
+    words = torch.empty(splits, N, dtype=torch.int32, device=device)
+    sample_kernel[grid](*matrices, *rows, *parts, words, N, V, *strides, splits, **choice)
+    ids = torch.empty(N, dtype=torch.int64, device=device)
+    logp, entropy = torch.empty(2, N, dtype=torch.float32, device=device).unbind()
+    head_tiles.merge(sample_merge_kernel, (*parts, words, ids, logp, entropy), N, splits)
+    return ids, logp, entropy
 
 
 def probe(device, dtype):

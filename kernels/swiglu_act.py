@@ -6,13 +6,8 @@ Backward, with g the gradient of y and sg = sigmoid(gate):
 
 The latter because sigmoid' = sg * (1 - sg). Traffic only: 3 numbers a value forward (gate, up, y),
 5 backward (gate, up, g, dgate, dup); nothing is saved but the inputs. A program takes BLOCK columns
-of one row; gate and up may be the halves of one tensor (rows have strides), as the output of one
-fused projection has them.
-
-            C ->  BLOCK
-        +-------+-------+----
-    N   |program|program|         one-dimensional grid: N * ceil(C / BLOCK) programs
-        +-------+-------+----
+of one row, so there are N * ceil(C / BLOCK); gate and up may be the halves of one tensor (rows have
+strides), as the output of one fused projection has them.
 """
 
 import torch

@@ -138,9 +138,7 @@ TILES = {
         (ALL, {}, dict(BM=32, BN=32, num_warps=8, num_stages=1)),
         ("interpret", {}, dict(BM=32, BN=16, num_warps=4, num_stages=1)),
     ],
-    "attention_delta": [
-        (f"{ALL} interpret", {}, dict(BM=32, num_warps=4, num_stages=1)),
-    ],
+    "attention_delta": [(f"{ALL} interpret", {}, dict(BM=32, num_warps=4, num_stages=1))],
     # decode: BN tokens a step; PROGRAMS over all key heads share the splits between them.
     "paged_decode": [
         (HOPPER, {"bytes": 2, "D": 128}, dict(BN=64, PROGRAMS=1024, num_warps=4, num_stages=3)),

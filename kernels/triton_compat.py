@@ -26,9 +26,6 @@ except ImportError:  # a Mac, or a torch without triton
                 raise AttributeError(name)
             return self
 
-        def __call__(self, *args, **kwargs):
-            raise RuntimeError("triton is not installed; use impl='torch'")
-
     HAVE_TRITON = INTERPRET = False
     triton = tl = Absent()
 
