@@ -30,15 +30,14 @@ def choose(impl, op=None, *tensors, probe=None):
     sequences of tensors to compare.
     Raises ValueError for a name that does not exist and RuntimeError where it can not run.
     """
-    asked = impl
     if impl == "auto":
         impl = os.environ.get("NANORRM_IMPL", "auto")
+        if impl == "flash" and op != "attention":
+            impl = "auto"  # NANORRM_IMPL=flash means attention and leaves the others alone
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     if impl == "flash" and op != "attention":
-        if asked == "flash":
-            raise ValueError("impl='flash' exists for attention only")
-        impl = "auto"  # NANORRM_IMPL=flash means attention and leaves the others alone
+        raise ValueError("impl='flash' exists for attention only")
     if impl == "triton" and tensors:
         require_triton(op, tensors[0])
     if impl != "auto":

@@ -89,9 +89,8 @@ def forward_kernel(
     d = tl.arange(0, BD)
     in_row, in_d = rows < length, d < D
     tokens = (start + rows).to(tl.int64)
-    q_tile = load_tile(
-        q + tokens[:, None] * q_token + head * q_head + d[None, :], in_row, in_d, True, D < BD
-    )
+    q_at = q + tokens[:, None] * q_token + head * q_head + d[None, :]
+    q_tile = load_tile(q_at, in_row, in_d, True, D < BD)
     # A walk that carried its pointers along would hold 64-bit tiles of them in registers.
     keys = tl.arange(0, BN)
     k += start.to(tl.int64) * k_token + head // GROUP * k_head

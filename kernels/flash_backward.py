@@ -71,12 +71,10 @@ def dkdv_kernel(
     d = tl.arange(0, BD)
     in_column, in_d = columns < length, d < D
     keys = (start + columns).to(tl.int64)
-    k_tile = load_tile(
-        k + keys[:, None] * k_token + kv_head * k_head + d[None, :], in_column, in_d, True, D < BD
-    )
-    v_tile = load_tile(
-        v + keys[:, None] * v_token + kv_head * v_head + d[None, :], in_column, in_d, True, D < BD
-    )
+    k_at = k + keys[:, None] * k_token + kv_head * k_head + d[None, :]
+    k_tile = load_tile(k_at, in_column, in_d, True, D < BD)
+    v_at = v + keys[:, None] * v_token + kv_head * v_head + d[None, :]
+    v_tile = load_tile(v_at, in_column, in_d, True, D < BD)
     dk_acc = tl.zeros([BN, BD], tl.float32)
     dv_acc = tl.zeros([BN, BD], tl.float32)
 
@@ -147,9 +145,8 @@ def dq_kernel(
     in_row, in_d = rows < length, d < D
     tokens = (start + rows).to(tl.int64)
     at = (tokens * HEADS + head)[:, None] * D + d[None, :]
-    q_tile = load_tile(
-        q + tokens[:, None] * q_token + head * q_head + d[None, :], in_row, in_d, True, D < BD
-    )
+    q_at = q + tokens[:, None] * q_token + head * q_head + d[None, :]
+    q_tile = load_tile(q_at, in_row, in_d, True, D < BD)
     g_tile = load_tile(grad + at, in_row, in_d, True, D < BD)
     row_at = head.to(tl.int64) * T + tokens
     lse_row = tl.load(lse + row_at, mask=in_row, other=float("inf"))

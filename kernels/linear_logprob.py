@@ -47,11 +47,7 @@ def reference(hidden, weight, targets, temperature=1.0):
     keep = targets != IGNORE
     chosen = logp.gather(1, targets.clamp(min=0)[:, None])[:, 0]
     entropy = -(logp.exp() * logp).sum(-1)
-    zero = torch.zeros((), dtype=wide, device=hidden.device)
-    return torch.where(keep, chosen, zero), torch.where(keep, entropy, zero)
-
-
-# 1. Forward.
+    return torch.where(keep, chosen, 0.0), torch.where(keep, entropy, 0.0)
 
 
 @jit
@@ -116,9 +112,6 @@ def merge_kernel(
     tl.store(lse + rows, top + bits, mask=inside)
 
 
-# 2. Backward: the gradient of the logits, tile by tile.
-
-
 @jit
 def dlogits_kernel(
     hidden, weight, dlogits, targets, lse, entropy, grad_logp, grad_entropy,
@@ -166,14 +159,9 @@ def dlogits_kernel(
         tl.store(at, d.to(dlogits.dtype.element_ty), mask=inside[:, None] & (c < width)[None, :])
 
 
-# 3. Launching.
-
-
 def product_fp32(a, b):
     """a @ b with the result in fp32, not rounded to the inputs' type."""
-    if a.dtype == torch.float32:
-        return a @ b
-    if a.is_cuda:
+    if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
@@ -195,10 +183,9 @@ class LogProb(torch.autograd.Function):
         matrices, strides = head_tiles.operands(hidden, weight, choice)
         grid, splits = head_tiles.grid_of(N, V, choice)
         parts = torch.empty(4, splits, N, dtype=torch.float32, device=hidden.device).unbind()
+        sizes = N, V, *strides, splits
         ctx.scale = LOG2E / temperature
-        forward_kernel[grid](
-            *matrices, targets, *parts, N, V, *strides, splits, ctx.scale, **choice
-        )
+        forward_kernel[grid](*matrices, targets, *parts, *sizes, ctx.scale, **choice)
         results = torch.empty(3, N, dtype=torch.float32, device=hidden.device).unbind()
         head_tiles.merge(merge_kernel, (*parts, targets, *results), N, splits)
         logp, entropy, lse = results

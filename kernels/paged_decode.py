@@ -115,9 +115,8 @@ def decode_kernel(
         sequence = tl.sum(before.to(tl.int32), 0).to(tl.int64)
         split = item - tl.max(tl.where(before, ends, 0), 0)
         length = tl.minimum(tl.load(seq_lens + sequence), capacity)
-        q_tile = load_tile(
-            q + sequence * q_row + head[:, None] * q_head + d[None, :], in_g, in_d, True, D < BD
-        )
+        q_at = q + sequence * q_row + head[:, None] * q_head + d[None, :]
+        q_tile = load_tile(q_at, in_g, in_d, True, D < BD)
         top = tl.full([BG], -float("inf"), tl.float32)
         total = tl.zeros([BG], tl.float32)
         acc = tl.zeros([BG, BD], tl.float32)
@@ -152,9 +151,8 @@ def combine_kernel(
         split = base + tl.arange(0, BS)
         at = (sequence * splits + split) * HEADS + head
         lse = tl.load(part_lse + at, mask=split < used, other=-float("inf"))
-        values = load_tile(
-            part + at[:, None] * D + d[None, :], split < used, d < D, True, D < BD
-        )  # [BS, BD]
+        values_at = part + at[:, None] * D + d[None, :]
+        values = load_tile(values_at, split < used, d < D, True, D < BD)  # [BS, BD]
         new_top = tl.maximum(top, tl.max(lse, 0))
         weight = tl.exp2(lse - new_top)
         shrink = tl.exp2(top - new_top)
@@ -189,9 +187,8 @@ def prefill_kernel(
     before = length - new  # tokens that were cached already
     position = before + token
     rows = (start + token).to(tl.int64)
-    q_tile = load_tile(
-        q + (rows * q_token + head * q_head)[:, None] + d[None, :], in_row, in_d, True, D < BD
-    )
+    q_at = q + (rows * q_token + head * q_head)[:, None] + d[None, :]
+    q_tile = load_tile(q_at, in_row, in_d, True, D < BD)
     k_cache += kv_head * k_head
     v_cache += kv_head * v_head
     table = block_tables + sequence.to(tl.int64) * table_row

@@ -30,29 +30,27 @@ ALL = " ".join(SHARED)
 HOPPER, CONSUMER = "sm_90 sm_100", "sm_89 sm_120"
 MMA = "sm_80 sm_89 sm_120"  # one kind of tensor core instruction, operands through registers
 
+
+def head(BM, BN, BK, warps, stages, GROUP=8, **more):
+    """A row's values for a head: BM rows x BN words, BK of H a step."""
+    return dict(BM=BM, BN=BN, BK=BK, GROUP=GROUP, **more, num_warps=warps, num_stages=stages)
+
+
 # fmt: off
 TILES = {
-    # logprob: BM rows x BN words, BK of H a step; TILES of words per program; GROUP row tiles that
-    # run together (L2).
+    # logprob: TILES of words per program; GROUP row tiles that run together (L2).
     "logprob_forward": [
-        (HOPPER, {"bytes": 2, "N": 2048},
-         dict(BM=256, BN=128, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=8, num_stages=4)),
-        (HOPPER, {"bytes": 2},
-         dict(BM=256, BN=128, BK=64, TILES=4, GROUP=8, TMA=True, num_warps=8, num_stages=4)),
-        (MMA, {"bytes": 2},
-         dict(BM=128, BN=128, BK=32, TILES=4, GROUP=8, TMA=False, num_warps=8, num_stages=4)),
-        (ALL, {},
-         dict(BM=64, BN=64, BK=16, TILES=8, GROUP=8, TMA=False, num_warps=4, num_stages=2)),
-        ("interpret", {},
-         dict(BM=16, BN=32, BK=32, TILES=2, GROUP=2, TMA=True, num_warps=4, num_stages=1)),
+        (HOPPER, {"bytes": 2, "N": 2048}, head(256, 128, 64, TILES=1, TMA=True, warps=8, stages=4)),
+        (HOPPER, {"bytes": 2}, head(256, 128, 64, TILES=4, TMA=True, warps=8, stages=4)),
+        (MMA, {"bytes": 2}, head(128, 128, 32, TILES=4, TMA=False, warps=8, stages=4)),
+        (ALL, {}, head(64, 64, 16, TILES=8, TMA=False, warps=4, stages=2)),
+        ("interpret", {}, head(16, 32, 32, TILES=2, TMA=True, GROUP=2, warps=4, stages=1)),
     ],
     "logprob_backward": [
-        (HOPPER, {"bytes": 2},
-         dict(BM=256, BN=128, BK=64, GROUP=8, TMA=True, num_warps=8, num_stages=4)),
-        (MMA, {"bytes": 2},
-         dict(BM=128, BN=128, BK=32, GROUP=8, TMA=False, num_warps=8, num_stages=4)),
-        (ALL, {}, dict(BM=64, BN=64, BK=16, GROUP=8, TMA=False, num_warps=4, num_stages=2)),
-        ("interpret", {}, dict(BM=16, BN=32, BK=32, GROUP=2, TMA=True, num_warps=4, num_stages=1)),
+        (HOPPER, {"bytes": 2}, head(256, 128, 64, TMA=True, warps=8, stages=4)),
+        (MMA, {"bytes": 2}, head(128, 128, 32, TMA=False, warps=8, stages=4)),
+        (ALL, {}, head(64, 64, 16, TMA=False, warps=4, stages=2)),
+        ("interpret", {}, head(16, 32, 32, TMA=True, GROUP=2, warps=4, stages=1)),
     ],
     "logprob_merge": [
         (ALL, {}, dict(BS=64, BR=16, num_warps=4, num_stages=2)),
@@ -60,20 +58,13 @@ TILES = {
     ],
     # sample: as logprob, for the few rows of a decode step.
     "sample": [
-        (HOPPER, {"bytes": 2, "N": 16},
-         dict(BM=16, BN=64, BK=128, TILES=1, GROUP=8, TMA=True, num_warps=4, num_stages=4)),
-        (HOPPER, {"bytes": 2, "N": 64},
-         dict(BM=64, BN=64, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=4, num_stages=4)),
-        (HOPPER, {"bytes": 2},
-         dict(BM=128, BN=64, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=8, num_stages=4)),
-        (MMA, {"bytes": 2, "N": 16},
-         dict(BM=16, BN=64, BK=64, TILES=1, GROUP=8, TMA=False, num_warps=4, num_stages=4)),
-        (MMA, {"bytes": 2},
-         dict(BM=64, BN=64, BK=64, TILES=1, GROUP=8, TMA=False, num_warps=4, num_stages=3)),
-        (ALL, {},
-         dict(BM=32, BN=64, BK=16, TILES=1, GROUP=8, TMA=False, num_warps=4, num_stages=2)),
-        ("interpret", {},
-         dict(BM=16, BN=32, BK=32, TILES=2, GROUP=2, TMA=True, num_warps=4, num_stages=1)),
+        (HOPPER, {"bytes": 2, "N": 16}, head(16, 64, 128, TILES=1, TMA=True, warps=4, stages=4)),
+        (HOPPER, {"bytes": 2, "N": 64}, head(64, 64, 64, TILES=1, TMA=True, warps=4, stages=4)),
+        (HOPPER, {"bytes": 2}, head(128, 64, 64, TILES=1, TMA=True, warps=8, stages=4)),
+        (MMA, {"bytes": 2, "N": 16}, head(16, 64, 64, TILES=1, TMA=False, warps=4, stages=4)),
+        (MMA, {"bytes": 2}, head(64, 64, 64, TILES=1, TMA=False, warps=4, stages=3)),
+        (ALL, {}, head(32, 64, 16, TILES=1, TMA=False, warps=4, stages=2)),
+        ("interpret", {}, head(16, 32, 32, TILES=2, TMA=True, GROUP=2, warps=4, stages=1)),
     ],
     # rms_norm: BR rows of C values; PROGRAMS that share the rows of the backward pass.
     "rms_norm_forward": [
