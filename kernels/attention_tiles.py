@@ -102,10 +102,10 @@ def constants(q, kv_heads, scale):
     return {**sizes, "SCALE": scale * math.log2(math.e)}
 
 
-def aot_cases(arch, kernels, **more):
-    """What `kernels/check.py` compiles of {table entry: kernel}: each row with each head size that
-    it serves, at the heads of Qwen2.5-7B (28 over 4), for up to 64 sequences and pages of 16."""
-    for op, function in kernels.items():
+def aot_cases(arch, family, kernels, **more):
+    """What `kernels/check.py` compiles of {name in the table, less its family: kernel}: each row at
+    each head size that it serves, 28 heads over 4 (Qwen2.5-7B), 64 sequences, pages of 16."""
+    for op, function in ((f"{family}_{name}", kernel) for name, kernel in kernels.items()):
         for kind, size, head_sizes in (("bf16", 2, (32, 64, 96, 128, 256)), ("fp32", 4, (64,))):
             for D in head_sizes:
                 values = tile(op, arch, D=D, bytes=size)

@@ -4,8 +4,7 @@
 "auto" takes the reference on a CPU. On a GPU it takes Triton, but only after a trial: the first
 time an operation meets a device and a dtype, its `probe` runs kernel and reference on a small
 input, forward and backward. If they differ or the kernel does not launch, one warning says so and
-the reference runs from then on. (A backend that was chosen because its import worked crashes later,
-or worse, does not.)
+the reference runs from then on. (One chosen because its import worked crashes later, or worse.)
 """
 
 import os

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from kernels import attention_tiles
 from kernels.attention_tiles import attend, find_tile, load_tile
 from kernels.dispatch import both_ways, choose, dense
-from kernels.flash_backward import backward
+from kernels.flash_backward import backward, delta_kernel, dkdv_kernel, dq_kernel
 from kernels.tiles import tile
 from kernels.triton_compat import jit, tl
 
@@ -75,10 +75,7 @@ def forward_kernel(
     SCALE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Grid (slots, Hq). q, k, v are read through their strides; out [T, Hq, D], lse [Hq, T].
-
-    HEADS query heads, GROUP of them to a key head; BD is D rounded up to a power of two, SCALE the
-    softmax scale times log2(e).
-    """
+    GROUP query heads to a key head; BD: D rounded up to a power of two; SCALE: scale * log2(e)."""
     slot = tl.num_programs(0) - 1 - tl.program_id(0)  # a sequence's last tile is its longest
     head = tl.program_id(1)
     _, start, length, first = find_tile(cu_seqlens, B, slot, BM, CHUNK)
@@ -186,5 +183,6 @@ def probe(device, dtype):
 
 
 def aot_cases(arch):
-    """What `kernels/check.py` compiles here."""
-    return attention_tiles.aot_cases(arch, {"attention_forward": forward_kernel})
+    """What `kernels/check.py` compiles, forward and backward."""
+    kernels = {"forward": forward_kernel, "delta": delta_kernel, "dkdv": dkdv_kernel}
+    return attention_tiles.aot_cases(arch, "attention", kernels | {"dq": dq_kernel})

@@ -103,20 +103,17 @@ def dkdv_kernel(
             seen = rows[None, :] >= columns[:, None]
             q_tile = load_tile(q_at, in_row, in_d, MASKED, D < BD)
             g_tile = load_tile(g_at, in_row, in_d, MASKED, D < BD)
-            if MASKED:  # exp2(x - inf) = 0: a row past the end weighs nothing
-                lse_row = tl.load(lse_at, mask=in_row, other=float("inf"))
-            else:
-                lse_row = tl.load(lse_at)
+            # A row past the end weighs nothing: exp2(x - inf) = 0.
+            lse_row = (
+                tl.load(lse_at, mask=in_row, other=float("inf")) if MASKED else tl.load(lse_at)
+            )
             logits = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * SCALE  # [BN, BM]
             p = tl.exp2(logits - lse_row[None, :])
             if MASKED:
                 p = tl.where(seen, p, 0.0)
             dv_acc = tl.dot(p.to(g_tile.dtype), g_tile, dv_acc, input_precision="ieee")
             dp = tl.dot(v_tile, tl.trans(g_tile), input_precision="ieee")
-            if MASKED:
-                delta_row = tl.load(delta_at, mask=in_row, other=0.0)
-            else:
-                delta_row = tl.load(delta_at)
+            delta_row = tl.load(delta_at, mask=in_row, other=0.0) if MASKED else tl.load(delta_at)
             ds = p * (dp - delta_row[None, :])
             dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
     LN2: tl.constexpr = 0.6931471805599453
@@ -199,9 +196,3 @@ def backward(q, k, v, out, lse, cu_seqlens, grad, scale):
     choice = tile("attention_dq", q, D=D)
     dq_kernel[(slots(T, B, choice["BM"]), Hq)](*inputs, dq, *bounds, **shape, **choice)
     return dq, dk, dv
-
-
-def aot_cases(arch):
-    """What `kernels/check.py` compiles here."""
-    kernels = {"delta": delta_kernel, "dkdv": dkdv_kernel, "dq": dq_kernel}
-    return attention_tiles.aot_cases(arch, {f"attention_{op}": k for op, k in kernels.items()})

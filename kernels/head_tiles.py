@@ -62,13 +62,12 @@ def load_tile(
     the tile. Else matrix is a pointer, and every thread works out its own addresses.
     """
     if TMA:
-        tile = matrix.load([row, k])
+        return matrix.load([row, k])
     else:
         r, c = row + tl.arange(0, R), k + tl.arange(0, K)
         inside = (r < rows)[:, None] & (c < H)[None, :]
         at = matrix + r.to(tl.int64)[:, None] * stride + c[None, :]
-        tile = tl.load(at, mask=inside, other=0.0)
-    return tile
+        return tl.load(at, mask=inside, other=0.0)
 
 
 @jit

@@ -206,11 +206,9 @@ class LogProb(torch.autograd.Function):
         matrices, strides = head_tiles.operands(hidden, weight, choice)
         chunk = chunk_words(N, V, hidden.element_size())
         dlogits = torch.empty(N, chunk, dtype=hidden.dtype, device=hidden.device)
-        dhidden = dweight = None
-        if ctx.needs_input_grad[0]:
-            dhidden = torch.zeros(N, H, dtype=torch.float32, device=hidden.device)
-        if ctx.needs_input_grad[1]:
-            dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        needs, device = ctx.needs_input_grad, hidden.device
+        dhidden = torch.zeros(N, H, dtype=torch.float32, device=device) if needs[0] else None
+        dweight = torch.empty(V, H, dtype=weight.dtype, device=device) if needs[1] else None
         for first in range(0, V, chunk):
             part = dlogits[:, : min(chunk, V - first)]  # [N, width]
             width = part.shape[1]
@@ -219,11 +217,11 @@ class LogProb(torch.autograd.Function):
                 *strides, chunk, ctx.scale, **choice,
             )  # fmt: skip
             words = slice(first, first + width)
-            if dhidden is not None:
+            if needs[0]:
                 dhidden += product_fp32(part, weight[words])  # [N, width] @ [width, H]
-            if dweight is not None:
+            if needs[1]:
                 torch.mm(part.T, hidden, out=dweight[words])  # [width, N] @ [N, H]
-        return None if dhidden is None else dhidden.to(hidden.dtype), dweight, None, None
+        return dhidden.to(hidden.dtype) if needs[0] else None, dweight, None, None
 
 
 def logprob(hidden, weight, targets, temperature=1.0, impl="auto"):

@@ -83,10 +83,8 @@ def paged_tile(
     """
     tokens = n + tl.arange(0, BN)
     inside = tokens < length
-    if MASKED:
-        page = tl.load(table + tokens // PAGE, mask=inside, other=0).to(tl.int64)
-    else:
-        page = tl.load(table + tokens // PAGE).to(tl.int64)
+    page_at = table + tokens // PAGE
+    page = (tl.load(page_at, mask=inside, other=0) if MASKED else tl.load(page_at)).to(tl.int64)
     row = tokens % PAGE
     k_at = k_cache + (page * k_page + row * k_token)[:, None] + d[None, :]
     v_at = v_cache + (page * v_page + row * v_token)[:, None] + d[None, :]
@@ -217,7 +215,6 @@ def paged_attention(q, k_cache, v_cache, block_tables, seq_lens, scale=None, imp
 
     k_cache, v_cache [num_blocks, block_size, Hkv, D]; block_tables [B, M] (entries past a
     sequence's end may be any valid block); seq_lens [B] counts the new token, already written.
-    impl="triton" reads no value from the device, so it can be captured in a CUDA graph.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     impl = choose(impl, "paged_attention", q, k_cache, v_cache, probe=probe_decode)
@@ -274,9 +271,8 @@ def paged_prefill(q, k_cache, v_cache, block_tables, cu_seqlens, seq_lens, scale
 
 
 def decode_on_cpu(q, k_cache, v_cache, block_tables, seq_lens, scale):
-    """The reference in slices of sequences of like length: what a slice gathers stays in a core's
-    cache (2 MiB), and no table is wider than its slice needs. One gather of it all spends most of
-    its time on page faults."""
+    """The reference in slices of sequences of like length: what one gathers stays in a core's cache
+    (2 MiB), and no table is wider than it needs. One gather of them all is mostly page faults."""
     size, heads, dim = k_cache.shape[1:]
     order = seq_lens.argsort()
     row = int(seq_lens.max()) * heads * dim * k_cache.element_size()
@@ -290,14 +286,12 @@ def decode_on_cpu(q, k_cache, v_cache, block_tables, seq_lens, scale):
 
 def prefill_on_cpu(q, k_cache, v_cache, block_tables, cu_seqlens, seq_lens, scale):
     """The reference in slices of sequences whose masks stay small."""
-    bounds = cu_seqlens.tolist()
     pairs = int(cu_seqlens.diff().max()) * int(seq_lens.max())  # of a sequence's mask
     rows, parts = max(1, 2**21 // pairs), []
     for first in range(0, len(seq_lens), rows):
-        last = min(first + rows, len(seq_lens))
-        ends = seq_lens[first:last]
-        tables = block_tables[first:last, : -(-int(ends.max()) // k_cache.shape[1])]
-        part, cu = q[bounds[first] : bounds[last]], cu_seqlens[first : last + 1] - bounds[first]
+        ends, cu = seq_lens[first : first + rows], cu_seqlens[first : first + rows + 1]
+        tables = block_tables[first : first + rows, : -(-int(ends.max()) // k_cache.shape[1])]
+        part, cu = q[cu[0] : cu[-1]], cu - cu[0]
         parts.append(reference_prefill(part, k_cache, v_cache, tables, cu, ends, scale))
     return torch.cat(parts)
 
@@ -324,5 +318,4 @@ def probe_prefill(device, dtype):
 def aot_cases(arch):
     """What `kernels/check.py` compiles here."""
     kernels = {"decode": decode_kernel, "combine": combine_kernel, "prefill": prefill_kernel}
-    named = {f"paged_{op}": kernel for op, kernel in kernels.items()}
-    return attention_tiles.aot_cases(arch, named, SPLIT=SPLIT)
+    return attention_tiles.aot_cases(arch, "paged", kernels, SPLIT=SPLIT)

@@ -10,9 +10,8 @@ and n = s * r the normed row:
 
 Nothing here but memory traffic: 4 numbers a value forward (x, residual, s, y) and 4 backward (g, d,
 s, ds), a third of what PyTorch's separate steps move: a row stays in registers for its mean.
-Forward, a program takes BR whole rows. Backward, it takes each PROGRAMS-th such tile, for it adds
-up its rows of dweight too; torch then adds the [PROGRAMS, C] sums in a fixed order, where atomics
-would come in any.
+Forward, a program takes BR rows. Backward, it takes each PROGRAMS-th such tile and adds up its
+rows of dweight too; torch then adds the [PROGRAMS, C] sums in a fixed order, as atomics would not.
 """
 
 import torch

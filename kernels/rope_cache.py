@@ -7,15 +7,9 @@ rotated by the angle position * theta**(-2i/D), whose cosines and sines come in 
 
 A rotation's transpose is the rotation back, so the gradient is the same kernel with -sin.
 
-One program a token, all heads at once, so that the token's angles are read once: q and k are tiles
-of [heads, D/2], a left and a right half. In a decode step the rotated k goes straight to its place
-in the cache, and v with it: three launches (rotate, write, write) and a round trip of k are one.
+A program does one token, all its heads, so that the angles are read once. In a decode step the
+rotated k goes straight to its place in the cache, and v with it: three launches are one.
 Traffic only: each of q, k and v read once and written once, 2 * 2 * (Hq + 2 Hkv) * D bytes a token.
-
-               D/2      D/2                        slots[t]
-            +--------+--------+                  +---------+
-    heads   |   a    |   b    |  token t  ---->  | k_cache |  row of token t: block * block_size
-            +--------+--------+                  +---------+                  + offset
 """
 
 import torch
@@ -82,9 +76,7 @@ def rope_kernel(
     if BACK:
         s = -s
     turn(q + token * q_token, q_out + token * HQ * D, q_head, D, c, s, HQ, D, BQ, BD)
-    row = token
-    if WRITE:
-        row = tl.load(slots + token).to(tl.int64)
+    row = tl.load(slots + token).to(tl.int64) if WRITE else token
     if row >= 0:
         k_to = k_out + row * out_token
         turn(k + token * k_token, k_to, k_head, out_head, c, s, HKV, D, BKV, BD)
@@ -99,8 +91,7 @@ def rope_kernel(
 def shapes(Hq, Hkv, D):
     """The kernel's constexprs that follow from the shape."""
     power = triton.next_power_of_2
-    sizes = {"HQ": Hq, "HKV": Hkv, "D": D}
-    return sizes | {"BQ": power(Hq), "BKV": power(Hkv), "BD": power(D // 2)}
+    return {"HQ": Hq, "HKV": Hkv, "D": D, "BQ": power(Hq), "BKV": power(Hkv), "BD": power(D // 2)}
 
 
 def launch(q, k, cos, sin, positions, back=False, v=None, caches=None, slots=None):

@@ -9,10 +9,8 @@ entropy come from the sums that `logprob` uses too (`head_tiles.py`).
 The noise is Philox 4x32-10 with the request's 64-bit stream as key and (word, position, 0, 0) as
 counter: a number for each word, position and request, that nothing else in the batch can change.
 
-    words ->   BN
-             +----+----+----+----+--    one program: BM requests against TILES * BN words; leaves
-    B    BM  |    |    |    |    |      the three sums, and its best word with score and logit;
-             +----+----+----+----+--     a second kernel merges.
+Tiles and programs are those of `linear_logprob.py`: one leaves for each request the three sums and
+its best word with score and logit, and a second kernel merges.
 
 Cost: a decode batch is small, so this is the time to read the weight once, 2 V H bytes in bf16:
 1.09 GB for V = 151,936, H = 3584, a quarter of a millisecond at 4.3 TB/s. Noise, 150 instructions a

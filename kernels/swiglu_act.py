@@ -24,27 +24,26 @@ def reference(gate, up):
 
 
 @jit
-def my_columns(C, BLOCK: tl.constexpr):
-    """This program's row, its columns, and which of them exist."""
+def my_values(gate, up, C, gate_row, up_row, BLOCK: tl.constexpr):
+    """This program's row, its columns, which of them exist, and their values of gate and up."""
     blocks = tl.cdiv(C, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     c = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    return row, c, c < C
+    inside = c < C
+    a = tl.load(gate + row * gate_row + c, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(up + row * up_row + c, mask=inside, other=0.0).to(tl.float32)
+    return row, c, inside, a, b
 
 
 @jit
 def forward_kernel(gate, up, y, C, gate_row, up_row, BLOCK: tl.constexpr):
-    row, c, inside = my_columns(C, BLOCK)
-    a = tl.load(gate + row * gate_row + c, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(up + row * up_row + c, mask=inside, other=0.0).to(tl.float32)
+    row, c, inside, a, b = my_values(gate, up, C, gate_row, up_row, BLOCK)
     tl.store(y + row * C + c, (a * tl.sigmoid(a) * b).to(y.dtype.element_ty), mask=inside)
 
 
 @jit
 def backward_kernel(gate, up, grad, dgate, dup, C, gate_row, up_row, BLOCK: tl.constexpr):
-    row, c, inside = my_columns(C, BLOCK)
-    a = tl.load(gate + row * gate_row + c, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(up + row * up_row + c, mask=inside, other=0.0).to(tl.float32)
+    row, c, inside, a, b = my_values(gate, up, C, gate_row, up_row, BLOCK)
     g = tl.load(grad + row * C + c, mask=inside, other=0.0).to(tl.float32)
     s = tl.sigmoid(a)
     da = g * b * s * (1.0 + a * (1.0 - s))
