@@ -1,12 +1,7 @@
-"""Comparisons: the records `Pair` and `Ranking`, their readers, and what training takes pairs from.
-
-A source is asked for its pairs start to start + n; the answer depends on the seed and these two
-alone, so a resumed run goes on in the middle of an epoch from one saved integer.
-"""
+"""Files of comparisons, rankings and queries -> the records Pair, Ranking and Query."""
 
 import math
 from dataclasses import replace
-from itertools import chain, islice
 
 from nanorrm.config import UserError
 from nanorrm.data.formats import (
@@ -20,11 +15,18 @@ from nanorrm.data.formats import (
     pandalm,
     parse_columns,
     read_rows,
-    unknown_columns,
 )
 from nanorrm.records import Pair, Query, Ranking, shuffled
 
-HEAD = 50  # rows from which the columns of an unknown file are guessed
+QUERIES = ("query", "prompt", "question", "instruction", "messages")  # columns, the first there is
+
+
+def read_all(path, what, make):
+    """[make(record, where, number), ...] of a file's rows; UserError if there is `what` in none."""
+    made = [make(record, where, str(number)) for where, number, record in read_rows(path)]
+    if not made:
+        raise UserError(f"{path}: no {what} in it")
+    return made
 
 
 def read_pairs(path, columns=None):
@@ -36,20 +38,14 @@ def read_pairs(path, columns=None):
     decides who comes first. Raises UserError naming the file and line at the first that can't be
     used.
     """
-    columns, pairs = parse_columns(columns), []
-    rows = read_rows(path)
-    head = list(islice(rows, HEAD))
-    for where, number, record in chain(head, rows):
-        as_object(record, where)
-        if columns is None and record.keys() >= set(PANDALM):
+    columns = parse_columns(columns)
+
+    def pair(record, where, number):
+        if not columns and record.keys() >= PANDALM:
             record = pandalm(record)
-        layout = layout_of(record, columns)
-        if layout is None:
-            raise unknown_columns(record, columns, where, [row for *_, row in head])
-        pairs.append(pair_from(record, layout, where, str(number)))
-    if not pairs:
-        raise UserError(f"{path}: no comparisons in it")
-    return pairs
+        return pair_from(record, layout_of(record, columns, where, path), where, number)
+
+    return read_all(path, "comparisons", pair)
 
 
 def pair_from(record, layout, where, number):
@@ -77,12 +73,11 @@ def read_rankings(path, columns=None):
     or those of PPE's best-of-K: prompt, response_1 to response_K, scores. columns: see read_pairs,
     with responses= and truth=. Raises UserError naming the file and line.
     """
-    columns, rankings = parse_columns(columns), []
-    for where, number, record in read_rows(path):
-        as_object(record, where)
-        layout = columns or {"query": "query", "responses": "responses", "truth": "truth"}
-        meta = {}
-        if columns is None and {"prompt", "response_1"} <= record.keys():  # PPE
+    columns = parse_columns(columns)
+
+    def ranking(record, where, number):
+        layout, meta = columns or {"query": "query", "responses": "responses"}, {}
+        if not columns and {"prompt", "response_1"} <= record.keys():  # PPE
             n = next(k for k in range(1, len(record) + 2) if f"response_{k}" not in record)
             responses = [record[f"response_{k}"] for k in range(1, n)]
             meta = {k: record[k] for k in ("sampled_conflict_pairs",) if k in record}
@@ -93,12 +88,11 @@ def read_rankings(path, columns=None):
                 f"{where}: columns {', '.join(record)} are not known (known: query/responses/truth "
                 "or PPE's); try --columns query=...,responses=...,truth=..."
             )
-        ranking = ranking_from(record, layout, where, str(number))
-        ranking.meta |= meta
-        rankings.append(ranking)
-    if not rankings:
-        raise UserError(f"{path}: no rankings in it")
-    return rankings
+        made = ranking_from(record, layout, where, number)
+        made.meta |= meta
+        return made
+
+    return read_all(path, "rankings", ranking)
 
 
 def ranking_from(record, layout, where, number):
@@ -118,12 +112,6 @@ def ranking_from(record, layout, where, number):
     return Ranking(query, texts, truth, **about(record, layout, number))
 
 
-def as_object(record, where):
-    """Raise UserError unless a parsed row is an object."""
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: should be an object, not {type(record).__name__}")
-
-
 def about(record, layout, number):
     """id, source and meta of a row."""
     source = record.get(layout.get("source", "source")) or record.get("subset") or ""
@@ -134,24 +122,18 @@ def about(record, layout, number):
     }
 
 
-COLUMNS = ("query", "prompt", "question", "instruction", "messages")  # the first that is there
-
-
 def read_queries(path):
-    """Read a file (jsonl, json, parquet) with one query (text or messages, see COLUMNS) a row.
+    """Read a file (jsonl, json, parquet) with one query (text or messages, see QUERIES) a row.
 
     Other columns, responses and labels too, are ignored. Raises UserError naming the file and row
     at the first one that can't be used.
     """
-    queries = []
-    for where, _, record in read_rows(path):
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: should be an object, not {type(record).__name__}")
-        column = next((name for name in COLUMNS if name in record), None)
+
+    def query(record, where, _):
+        column = next((name for name in QUERIES if name in record), None)
         if column is None:
             found = ", ".join(record) or "none"
-            raise UserError(f"{where}: columns {found}; one of {', '.join(COLUMNS)} is wanted")
-        queries.append(Query(as_query(record[column], f"{where}: {column}")))
-    if not queries:
-        raise UserError(f"{path}: no queries in it")
-    return queries
+            raise UserError(f"{where}: columns {found}; one of {', '.join(QUERIES)} is wanted")
+        return Query(as_query(record[column], f"{where}: {column}"))
+
+    return read_all(path, "queries", query)
