@@ -96,22 +96,23 @@ def read_questions(path, columns="", rule="auto"):
     reward_model.ground_truth, there also as a JSON list of several. Raises UserError that names the
     line.
     """
-    columns = COLUMNS | {k: (v,) for k, v in parse_columns(columns, tuple(COLUMNS)).items()}
+    given = parse_columns(columns, COLUMNS)
+    wanted = [(given[role],) if role in given else names for role, names in COLUMNS.items()]
+    return read_all(path, "questions", question_from, wanted, rule)
 
-    def question(record, where, number):
-        there = (next((name for name in of if name in record), None) for of in columns.values())
-        asked, answered = there
-        if asked is None or answered is None:
-            raise UserError(
-                f"{where}: columns {', '.join(record)} hold no question and answer that are known "
-                "by name; try --columns question=...,answer=..."
-            )
-        known = known_answers(record[answered], f"{where}: {answered}")
-        query = as_query(record[asked], f"{where}: {asked}")
-        kind = answers.kind_of(known[0]) if rule == "auto" else rule
-        return Question(query, known, kind, id_of(record, number))
 
-    return read_all(path, "questions", question)
+def question_from(record, where, number, wanted, rule):
+    """One row -> Question. wanted: (columns of the question, columns of the answer)."""
+    asked, answered = (next(filter(record.__contains__, names), None) for names in wanted)
+    if asked is None or answered is None:
+        raise UserError(
+            f"{where}: columns {', '.join(record)} hold no question and answer that are known "
+            "by name; try --columns question=...,answer=..."
+        )
+    known = known_answers(record[answered], f"{where}: {answered}")
+    query = as_query(record[asked], f"{where}: {asked}")
+    kind = answers.kind_of(known[0]) if rule == "auto" else rule
+    return Question(query, known, kind, id_of(record, number))
 
 
 def known_answers(value, where):
@@ -170,23 +171,21 @@ def pair_of(question, checked, about):
 
     checked: [(response, outcome, answer), ...] of its samples; about: what goes into meta.
     """
-    first = {}
-    for place, (_, outcome, _) in enumerate(checked):
-        first.setdefault(outcome, place)
-    if not {"right", "wrong"} <= first.keys():
-        missing = [f"no {outcome}" for outcome in ("right", "wrong") if outcome not in first]
+    outcomes = [outcome for _, outcome, _ in checked]
+    missing = [f"no {side}" for side in ("right", "wrong") if side not in outcomes]
+    if missing:
         return None, " and ".join(missing) + " response"
-    right, wrong = (checked[first[outcome]] for outcome in ("right", "wrong"))
+    first = {side: outcomes.index(side) for side in ("right", "wrong")}
+    right, wrong = (checked[place][0] for place in first.values())
     meta = {
         **about,
         "rule": question.rule,
         "known": question.known,
-        "answers": {"right": right[2], "wrong": wrong[2]},
-        "samples": {"right": first["right"], "wrong": first["wrong"]},
-        "right_of": [sum(outcome == "right" for _, outcome, _ in checked), len(checked)],
+        "answers": {side: checked[place][2] for side, place in first.items()},
+        "samples": first,
+        "right_of": [outcomes.count("right"), len(outcomes)],
     }
-    pair = Pair(question.query, right[0], wrong[0], 1, question.id, "synth", meta)
-    return shuffled(pair), "kept"
+    return shuffled(Pair(question.query, right, wrong, 1, question.id, "synth", meta)), "kept"
 
 
 def make_pairs(cfg):
@@ -239,25 +238,24 @@ def label_pairs(cfg):
     )
     name = cfg.model or f"{judge.backend.name} at {cfg.endpoint}"
     about = {"judge": name, "judge_temperature": cfg.temperature, "judge_seed": cfg.seed}
-    fates, agree, rows = Counter(), [], []
-    for pair, verdict in zip(pairs, verdicts):
-        fates[fate_of(verdict)] += 1
-        if verdict.winner is None:
-            continue
-        told = {"p_first": verdict.p_first, "votes": len(verdict.votes)}
-        told |= {"invalid": verdict.invalid, "label_before": pair.label}
-        meta = {**pair.meta, **about, **told}
-        rows.append(asdict(replace(pair, label=verdict.winner, meta=meta)))
-        agree += [pair.label == verdict.winner] if pair.label else []
-    print(f"{cfg.data}: {tally(fates, 'pairs')}")
+    decided = [(pair, verdict) for pair, verdict in zip(pairs, verdicts) if verdict.winner]
+    rows = [asdict(labelled(pair, verdict, about)) for pair, verdict in decided]
+    print(f"{cfg.data}: {tally(Counter(map(fate_of, verdicts)), 'pairs')}")
     for reason in sorted({v.skipped for v in verdicts if v.skipped})[:3]:
         print(f"skipped, for example: {reason}")
     if not rows:
         raise UserError("the judge decided no pair: nothing written")
     write_rows(cfg.out, rows)
     print(f"{cfg.out}: {len(rows)} pairs")
-    if agree:
+    if agree := [pair.label == verdict.winner for pair, verdict in decided if pair.label]:
         print(f"{sum(agree)} of {len(agree)} labels that were there agree")
+
+
+def labelled(pair, verdict, about):
+    """The pair with a verdict's label; how sure it was, and `about`, stand in meta."""
+    votes = {"p_first": verdict.p_first, "votes": len(verdict.votes), "invalid": verdict.invalid}
+    meta = {**pair.meta, **about, **votes, "label_before": pair.label}
+    return replace(pair, label=verdict.winner, meta=meta)
 
 
 def fate_of(verdict):

@@ -6,7 +6,6 @@ none of them, the error proposes a mapping by looking at its names and contents.
 
 import json
 import re
-from collections.abc import Mapping
 from difflib import get_close_matches
 from itertools import islice, permutations
 from pathlib import Path
@@ -131,7 +130,7 @@ def as_text(value, where):
 def as_messages(value, where):
     """A list of messages with nothing in them but role and content."""
     for message in value or [None]:
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise UserError(f"{where}: messages should be objects with a text 'content'")
     return [
         {"role": str(m.get("role", "user")), "content": as_text(m["content"], where)} for m in value
@@ -182,7 +181,7 @@ def pandalm(record):
         "query": "\n\n".join(text for text in map(str, given) if text.strip()),
         "a": str(record["response1"]),
         "b": str(record["response2"]),
-        "label": often if often in (1, 2) and votes.count(often) * 2 > len(votes) else None,
+        "label": LABELS.get(str(often)) if votes.count(often) * 2 > len(votes) else None,
         "id": record.get("idx"),
         "source": record.get("cmp_key"),
         "meta": {"annotators": votes},

@@ -368,6 +368,7 @@ def test_rankings_with_a_mapping(tmp_path):
         ({"query": "q", "responses": ["x"], "truth": [1, 2]}, ["truth", "a list of 1"]),
         ({"query": "q", "responses": ["x"], "truth": ["good"]}, ["truth", "numbers"]),
         ({"query": "q", "responses": ["x"], "truth": [float("nan")]}, ["truth", "numbers"]),
+        ({"query": "q", "responses": ["x"], "truth": [10**400]}, ["truth", "numbers"]),
         ({"prompt": "q", "response_1": "x", "scores": [1, 0]}, ["scores", "a list of 1"]),
         (["q"], ["should be an object, not list"]),
     ],
