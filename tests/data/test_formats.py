@@ -329,6 +329,31 @@ def test_mapping_that_does_not_fit_is_named(tmp_path, columns, words):
         assert word in str(caught.value)
 
 
+def test_one_parser_for_the_names_of_every_command():
+    """Blanks and empty parts are nothing; the first = divides; a dictionary is as good."""
+    wanted = {"prompt": "question", "chosen": "x=y"}
+    for columns in ("prompt=question,chosen=x=y", " prompt = question ,, chosen=x=y,", wanted):
+        assert parse_columns(columns, ("prompt", "chosen")) == wanted
+    assert parse_columns("") == parse_columns(None) == parse_columns(" ,") == {}
+    with pytest.raises(UserError, match="'question' is none of prompt, chosen"):
+        parse_columns("question=q", ("prompt", "chosen"))
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted", "mapping"),
+    [
+        ({"q": "2+2", "good": "4", "bad": "5"}, "prompt chosen", "prompt=q,chosen=good"),
+        ({"bad": "5", "id": 1}, "rejected", "rejected=bad"),
+        ({"resp_b": "x", "resp_a": "y", "kind": "s"}, "chosen rejected subset",
+         "chosen=resp_a,rejected=resp_b,subset=kind"),
+        ({"category": "s", "winner": "2"}, "label source", "label=winner,source=category"),
+        ({}, "prompt", "prompt=..."),
+    ],
+)  # fmt: skip
+def test_names_that_are_wanted_get_the_likeliest_column(row, wanted, mapping):
+    assert propose([row], wanted.split()) == mapping
+
+
 # -- rankings
 
 
