@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 
 from nanorrm.config import UserError
-from nanorrm.data.columns import mapping, propose
-from nanorrm.data.formats import as_query, as_text, read_rows
+from nanorrm.data.formats import as_query, as_text, parse_columns, propose, read_rows
 from nanorrm.measure import metrics, statistics
 from nanorrm.records import Pair, shuffled
 
@@ -103,19 +102,17 @@ def rows_of(name, path, columns=""):
     lacks a column, with a mapping to try.
     """
     needed = SOURCES[name][1].split()
-    names = mapping(columns)
-    if odd := [key for key in names if key not in needed]:
-        raise UserError(f"columns = {columns!r}: {odd[0]!r} is none of {', '.join(needed)}")
+    names = parse_columns(columns, needed)
     renamed = []
     for where, _, record in read_rows(path):
         if not isinstance(record, dict):
             raise UserError(f"{where}: should be an object, not {type(record).__name__}")
         missing = [key for key in needed if names.get(key, key) not in record]
         if missing:
-            unused = [key for key in record if key not in needed]
+            unused = {key: record[key] for key in record if key not in needed}
             raise UserError(
                 f"{where}: columns {', '.join(record)}; {name} wants {', '.join(needed)}; "
-                f"try --columns {propose(missing, unused)}"
+                f"try --columns {propose([unused], missing)}"
             )
         values = {key: record[given] for key, given in names.items()}
         renamed.append((where, {**record, **values}))
