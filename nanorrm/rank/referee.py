@@ -6,7 +6,6 @@ from random import Random
 
 from nanorrm import ranks
 from nanorrm.config import UserError
-from nanorrm.judge.backends import EngineBackend
 from nanorrm.judge.open import open_judge
 from nanorrm.rank.play import JudgedPlay
 from nanorrm.rank.tournament import round_robin, run_tournaments
@@ -87,12 +86,9 @@ class Referee:
 
 def open_referee(cfg):
     """The Referee of a PolicyRunConfig's judge, an engine's work shared by all ranks."""
-    judge = open_judge(cfg.judge)
-    here = isinstance(judge.backend, EngineBackend)
-    if ranks.world_size() > 1 and here:
-        judge.backend = EngineBackend(ranks.RankSharedEngine(judge.backend.engine))
+    how, here = cfg.judge, not cfg.judge.endpoint
+    judge = open_judge(how, shared=True)
     if cfg.release_cache:
         judge.backend.sleep()
-    how = cfg.judge
     budget = how.max_think_tokens
     return Referee(judge, how.votes, how.both_orders, budget, cfg.release_cache, everywhere=here)

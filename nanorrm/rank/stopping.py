@@ -9,7 +9,7 @@ from collections import Counter
 from math import ceil, log
 
 from nanorrm.config import UserError
-from nanorrm.rank.play import fresh_seed, together
+from nanorrm.rank.play import fresh_seed
 
 
 class Curtailed:
@@ -81,7 +81,7 @@ class AdaptiveJudge:
             cast += more
             left = (votes - cast) * orders
             for i, answer in zip(list(needed), answers):
-                verdicts[i] = together(verdicts[i], answer) if verdicts[i] else answer
+                verdicts[i] = verdicts[i] + answer if verdicts[i] else answer
                 said = verdicts[i].votes
                 needed[i] = self.rule.needed(said.count(1), said.count(2), left)
                 if not needed[i] or not answer.votes:  # settled, or it can't be judged
