@@ -1,6 +1,6 @@
 """Tournaments decided by a judge: matches become pairs, verdicts winners, and all is counted.
 
-A match without a winner (votes tied, none readable, or the pair can't be judged) is a draw where
+A match without a winner (votes tied, none valid, or the pair can't be judged) is a draw where
 the format has draws; where it needs a winner it gets one more round of votes, then a seeded coin.
 """
 
@@ -68,18 +68,13 @@ class JudgedPlay:
         if not new:
             return
         self.heard.update(zip(new, self.judge.compare(list(new.values()), **self.how)))
-        if not self.draws:
-            open_pairs = {
-                key: pair
-                for key, pair in new.items()
-                if self.heard[key].winner is None and not self.heard[key].skipped
-            }
-            if open_pairs:
-                seed = fresh_seed(self.judge.seed, "once more")
-                more = self.judge.compare(list(open_pairs.values()), seed=seed, **self.how)
-                for key, verdict in zip(open_pairs, more):
-                    self.heard[key] += verdict
-                self.counts["again"] += len(open_pairs)
+        first = {key: self.heard[key] for key in new}
+        tied = [key for key, v in first.items() if v.winner is None and not v.skipped]
+        if tied and not self.draws:
+            seed, pairs = fresh_seed(self.judge.seed, "once more"), [new[key] for key in tied]
+            for key, more in zip(tied, self.judge.compare(pairs, seed=seed, **self.how)):
+                self.heard[key] += more
+            self.counts["again"] += len(tied)
         for key in new:
             verdict = self.heard[key]
             self.counts["skipped"] += bool(verdict.skipped)

@@ -15,7 +15,7 @@ from nanorrm.rank.play import fresh_seed
 class Curtailed:
     """Stop once the votes that are left can't change the winner: exactly the full vote's outcome.
 
-    Unreadable votes count as cast. Of 9 votes 5 come first, and they suffice if they all agree:
+    Invalid votes count as cast. Of 9 votes 5 come first, and they suffice if they all agree:
 
     >>> [Curtailed().needed(*votes) for votes in [(0, 0, 9), (5, 0, 4), (4, 1, 4), (2, 2, 5)]]
     [5, 0, 1, 3]

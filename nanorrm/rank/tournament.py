@@ -21,6 +21,11 @@ class Result:
     matches: list[tuple] = field(default_factory=list)  # (round from 1, a, b, winner or None)
     rounds: int = 0
 
+    def by_round(self):
+        """The matches of each round: [[(a, b, winner or None), ...], ...]."""
+        rounds = range(1, self.rounds + 1)
+        return [[tuple(match) for at, *match in self.matches if at == n] for n in rounds]
+
 
 def run_tournaments(tournaments, play):
     """Drive tournaments in lockstep -> list of Result.
