@@ -35,7 +35,7 @@ BUSY = {"no connection", *(f"http {status}" for status in (408, 425, 429, 502, 5
 TOO_LONG = re.compile(r"context.?(length|size|window)|maximum.{0,20}length", re.IGNORECASE)
 
 
-@dataclass
+@dataclass(eq=False)
 class Failure(Exception):
     """A try that failed and may succeed later."""
 

@@ -13,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanorrm import ranks
-from nanorrm.config import UserError
+from nanorrm.config import JudgeSettings, UserError
+from nanorrm.engine.engine import Engine
 from nanorrm.engine.sampling import SamplingParams
 from nanorrm.judge.backends import EngineBackend, ReplayBackend
 from nanorrm.judge.journal import Journal, key_of
 from nanorrm.judge.judge import Judge, cut
+from nanorrm.judge.open import open_judge
 from nanorrm.records import Pair
 from tests.judge.test_judge import PAIRS, TOY, Scripted, box, oracle
 from tests.model.test_tokenizer import NASTY
@@ -65,6 +67,14 @@ def test_a_copied_backend_is_a_backend(engine):
     assert not hasattr(again, "pool")  # what it passes on is named, nothing else is
     twice = copy.copy(judge(ranks.RankSharedEngine(engine)).backend)
     assert twice.generate([[1, 2]], SamplingParams(max_tokens=4)) is not None
+
+
+def test_a_judge_is_opened_on_an_engine_that_ranks_share():
+    alone, shared = (open_judge(JudgeSettings("toy-judge"), shared=s) for s in (False, True))
+    assert isinstance(alone.backend.engine, Engine)
+    assert isinstance(shared.backend.engine, ranks.RankSharedEngine)
+    pair = Pair("7+8-5+8", "12", "18", 2)
+    assert judged(shared.compare([pair])) == judged(alone.compare([pair]))
 
 
 def test_seconds_of_a_batch_add_up(engine):
