@@ -116,9 +116,8 @@ class EndpointBackend(Backend):
         return names[0]
 
     async def _ask(self, requests, params, heard, progress):
-        queue = iter(requests)
+        queue, n = iter(requests), len(requests)
         quiet = True if progress is None else None  # None: quiet unless stderr is a terminal
-        bar = tqdm(total=len(requests), desc=progress, leave=False, disable=quiet)
 
         async def work():
             for request in queue:
@@ -128,21 +127,20 @@ class EndpointBackend(Backend):
                     bar.set_postfix(self.errors, refresh=False)
 
         try:
-            with bar:
+            with tqdm(total=n, desc=progress, leave=False, disable=quiet) as bar:
                 async with self._client() as client, asyncio.TaskGroup() as workers:
-                    for _ in range(min(self.concurrency, len(requests))):
+                    for _ in range(min(self.concurrency, n)):
                         workers.create_task(work())
         except ExceptionGroup as group:  # the first error stops all
             raise group.exceptions[0] from None
 
     def _body(self, request, params):
-        """What is sent for one vote."""
+        """What is sent for one vote; the seed differs by vote, in 31 bits."""
+        names = ("max_tokens", "temperature", "top_p")
         return {
             "model": self.name,
             "messages": request.prompt,
-            "max_tokens": params.max_tokens,
-            "temperature": params.temperature,
-            "top_p": params.top_p,
+            **{name: getattr(params, name) for name in names},
             "seed": crc32(f"{params.seed}/{request.sample}".encode()) >> 1,
         }
 
@@ -195,23 +193,18 @@ class EndpointBackend(Backend):
     def _be_patient(self, failure):
         """Note a failure; UserError if there was nothing else for too long."""
         self.errors[failure.kind] += 1
-        now = time.monotonic()
-        if failure.wait > self.patience:
-            raise UserError(
-                f"{self.url} asks to wait {failure.wait:.0f} s, longer than --patience "
-                f"{self.patience:.0f}"
-            )
-        if failure.wait:
-            self.resume_at = max(self.resume_at, now + failure.wait)
+        now, wait, most = time.monotonic(), failure.wait, f"{self.patience:.0f}"
+        if wait > self.patience:
+            raise UserError(f"{self.url} asks to wait {wait:.0f} s, longer than --patience {most}")
+        if wait:
+            self.resume_at = max(self.resume_at, now + wait)
         self.failing_since = self.failing_since or now
         if now - self.failing_since > TELL_AFTER and not self.told:
             self.told = True
             tqdm.write(f"{self.url}: {failure.kind}; trying again", file=sys.stderr)
         if now - self.failing_since > self.patience:
             counts = ", ".join(f"{kind} {n}" for kind, n in self.errors.most_common())
-            raise UserError(
-                f"{self.url}: nothing but failures for {self.patience:.0f} s ({counts})"
-            )
+            raise UserError(f"{self.url}: nothing but failures for {most} s ({counts})")
 
     async def _send(self, client, body):
         """One try -> Answer to a chat's body, or the parsed list of models if that is None.

@@ -41,16 +41,10 @@ def content_of(request):
 
 def record_of(request, answer, key, model):
     """A line of the journal: the answer, under its key, with what it answers."""
-    record = {
-        "key": key,
-        "pair": request.pair.id,
-        "content": content_of(request),
-        "swapped": request.swapped,
-        "sample": request.sample,
-        "model": model,
-        **{name: getattr(answer, name) for name in FIELDS},
-    }
-    return {**record, "errors": answer.errors} if answer.errors else record
+    about = {"key": key, "pair": request.pair.id, "content": content_of(request)}
+    about |= {"swapped": request.swapped, "sample": request.sample, "model": model}
+    about |= {name: getattr(answer, name) for name in FIELDS}
+    return {**about, "errors": answer.errors} if answer.errors else about
 
 
 def answer_of(record):
@@ -72,13 +66,12 @@ def parse(path):
     records = []
     for number, line in enumerate(data[:whole].split(b"\n")[:-1], 1):
         try:
-            record = json.loads(line)
-            fine = isinstance(record["key"], str) and isinstance(record["text"], str)
+            records.append(json.loads(line))
+            if not all(isinstance(records[-1][name], str) for name in ("key", "text")):
+                raise TypeError
         except (ValueError, KeyError, TypeError, RecursionError):
-            fine = False
-        if not fine:
-            raise UserError(f"{path}, line {number}: not a line of a journal (is it another file?)")
-        records.append(record)
+            why = "not a line of a journal (is it another file?)"
+            raise UserError(f"{path}, line {number}: {why}") from None
     return records, whole
 
 
@@ -118,20 +111,17 @@ class Journal:
         for request in requests:
             key = key_of(model, request.prompt, params, request.sample)
             same.setdefault(key, []).append(request)
-        keys = {waiting[0]: key for key, waiting in same.items() if key not in self.answers}
-
-        def deliver(key, answer):
-            for request in same[key]:
-                heard(request, answer)
+        keys = {first: key for key, (first, *_) in same.items() if key not in self.answers}
 
         def heard_first(request, answer):
             if isinstance(answer, Answer):
                 self.add(record_of(request, answer, keys[request], model))
-            deliver(keys[request], answer)
+            for waiting in same[keys[request]]:
+                heard(waiting, answer)
 
-        for key in same:
-            if key in self.answers:
-                deliver(key, answer_of(self.answers[key]))
+        for key, waiting in same.items():
+            for request in waiting if key in self.answers else ():
+                heard(request, answer_of(self.answers[key]))
         try:
             backend.ask(list(keys), params, heard_first, progress)
         except UserError as error:

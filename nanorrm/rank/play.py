@@ -68,9 +68,9 @@ class JudgedPlay:
         if not new:
             return
         self.heard.update(zip(new, self.judge.compare(list(new.values()), **self.how)))
-        first = {key: self.heard[key] for key in new}
-        tied = [key for key, v in first.items() if v.winner is None and not v.skipped]
-        if tied and not self.draws:
+        said = {} if self.draws else {key: self.heard[key] for key in new}
+        tied = [key for key, v in said.items() if v.winner is None and not v.skipped]
+        if tied:
             seed, pairs = fresh_seed(self.judge.seed, "once more"), [new[key] for key in tied]
             for key, more in zip(tied, self.judge.compare(pairs, seed=seed, **self.how)):
                 self.heard[key] += more
