@@ -154,13 +154,14 @@ def whole(tensor):
 # -- shared rollouts
 
 
-def generate(engine, prompts, params, progress=None):
+def generate(engine, prompts, params, progress=None, on_done=None):
     """`engine.generate` with the prompts dealt out, longest first; every rank gets all results.
 
     All ranks must call it with the same prompts and params (SamplingParams, or one per prompt).
+    on_done: as in Engine.generate; of several ranks it hears all at once, when all are done.
     """
     if world_size() == 1:
-        return engine.generate(prompts, params, progress)
+        return engine.generate(prompts, params, progress, on_done)
     each = params if isinstance(params, list) else [params] * len(prompts)
     for i, (prompt, p) in enumerate(zip(prompts, each)):  # on every rank, or the others would wait
         if refusal := engine.refusal(prompt, p):
@@ -171,6 +172,9 @@ def generate(engine, prompts, params, progress=None):
     bar = progress if rank() == 0 else None
     done = engine.generate([prompts[i] for i in mine], [each[i] for i in mine], bar)
     results = merged(dict(zip(mine, done)))
+    for i in range(len(prompts)) if on_done else ():
+        for sample, completion in enumerate(results[i]):
+            on_done(i, sample, completion)
     return [results[i] for i in range(len(prompts))]
 
 
@@ -183,6 +187,6 @@ class RankSharedEngine:
     def __getattr__(self, name):
         return getattr(self.engine, name)
 
-    def generate(self, prompts, params=None, progress=None):
+    def generate(self, prompts, params=None, progress=None, on_done=None):
         """As Engine.generate; all ranks call it alike and get all results."""
-        return generate(self.engine, prompts, params, progress)
+        return generate(self.engine, prompts, params, progress, on_done)
