@@ -4,14 +4,13 @@ What is held out never changes within a run, nor do its seeds: a curve shows tra
 """
 
 import textwrap
-from collections import Counter
-from random import Random
 
 from nanorrm.judge.verdict import NO_ANSWER
 from nanorrm.measure import metrics
 from nanorrm.measure.patterns import patterns
 from nanorrm.measure.statistics import difference, wilson
-from nanorrm.rank.tournament import knockout
+from nanorrm.rank.bestof import best_of
+from nanorrm.records import Ranking
 from nanorrm.train.curves import accuracy
 
 # -- a judge
@@ -92,7 +91,7 @@ class HeldOut:
 
     def _best_of(self):
         cfg = self.cfg
-        return best_of(self.policy, self.referee, self.queries, cfg.best_of, cfg.seed)
+        return best_of_n(self.policy, self.referee, self.queries, cfg.best_of, cfg.seed)
 
 
 def respond(policy, queries, n=1, seed=0):
@@ -101,41 +100,17 @@ def respond(policy, queries, n=1, seed=0):
     return groups, policy.answers(questions, groups)
 
 
-# -- the best of N
-
-
-def best_of(policy, referee, queries, n, seed=0):
-    """n responses to each query whose truth is known, and four ways to end with one of them.
-
-    Returns {way: [right or not, a number per query]}: "one" sample (its mean over the n),
-    "majority" of the answers, the judge's "knockout", and "any" that is right, the limit. {} if n
-    is 0 or no truth is known.
-    """
+def best_of_n(policy, referee, queries, n, seed=0):
+    """`bestof.best_of` among n responses to each query whose truth is known; {} without any."""
     queries = [query for query in queries if query.truth is not None]
     if not queries or not n:
         return {}
     _, answers = respond(policy, queries, n, seed)
-    rng = Random(f"best of:{seed}")
-    brackets = [knockout(n, rng) for _ in queries]
-    results = referee.play([query.text for query in queries], answers, brackets, False, seed)
-    ways = {"one": [], "majority": [], "knockout": [], "any": []}
-    for query, group, result in zip(queries, answers, results):
-        right = [text == query.truth for text in group]
-        ways["one"].append(sum(right) / n)
-        ways["majority"].append(float(majority(group) == query.truth))
-        ways["knockout"].append(float(right[result.champion]))
-        ways["any"].append(float(any(right)))
-    return ways
-
-
-def majority(texts):
-    """The most frequent of some answers, the first of equally frequent ones, or None without any.
-
-    >>> majority(["7", NO_ANSWER, NO_ANSWER, "8", "8"])
-    '8'
-    """
-    counts = Counter(text for text in texts if text != NO_ANSWER)
-    return max(counts, key=counts.get) if counts else None
+    rankings = [
+        Ranking(query.text, group, [text == query.truth for text in group])
+        for query, group in zip(queries, answers)
+    ]
+    return best_of(referee, rankings, seed)
 
 
 def compared(before, after):
