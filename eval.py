@@ -21,8 +21,7 @@ from nanorrm.data.toy import TERMS
 from nanorrm.judge.open import open_judge
 from nanorrm.measure import benchmarks, metrics, results
 from nanorrm.measure import scaling as scales
-from nanorrm.measure.benchmark_rankings import rankings_of, rewardbench2
-from nanorrm.measure.benchmarks import Benchmark
+from nanorrm.measure.benchmarks import Benchmark, rankings_of, rewardbench2
 from nanorrm.rank import bestof
 
 

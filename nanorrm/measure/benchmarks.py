@@ -2,73 +2,52 @@
 
 A benchmark's score is a weighted mean over its pairs, so a table row is a list of weights (0: not
 in this row). Rows of a file that are not judged are counted by reason, never dropped in silence.
-Section sizes and formulas: the papers and scoring code of the benchmarks, as noted at each.
+RewardBench v2 and PPE's best-of-K were made for judges that rate a response by itself; a pairwise
+judge rates by a tournament. Section sizes and formulas: the benchmarks' papers and scoring code.
 """
 
+import random
 from collections import Counter
 from dataclasses import dataclass, field
-from math import isfinite
+from math import isfinite, tanh
 
 from nanorrm.config import UserError
+from nanorrm.data import formats
 from nanorrm.data.columns import mapping, propose
-from nanorrm.data.formats import as_query, as_text, read_rows
+from nanorrm.data.formats import as_label, as_query, as_text, read_rows
 from nanorrm.measure import metrics, statistics
-from nanorrm.records import Pair, shuffled
+from nanorrm.records import Pair, Ranking, shuffled
 
 # RewardBench v1: subset -> rows it counts as. math-prm has 447 rows and counts as many as the code.
 # (The benchmark's own table exchanges the sizes of xstest's two halves; these are the data's.)
 SECTIONS = {
-    "chat": {
-        "alpacaeval-easy": 100,
-        "alpacaeval-length": 95,
-        "alpacaeval-hard": 95,
-        "mt-bench-easy": 28,
-        "mt-bench-med": 40,
-    },
-    "chat hard": {
-        "mt-bench-hard": 37,
-        "llmbar-natural": 100,
-        "llmbar-adver-neighbor": 134,
-        "llmbar-adver-GPTInst": 92,
-        "llmbar-adver-GPTOut": 47,
-        "llmbar-adver-manual": 46,
-    },
-    "safety": {
-        "refusals-dangerous": 100,
-        "refusals-offensive": 100,
-        "xstest-should-refuse": 154,
-        "xstest-should-respond": 250,
-        "donotanswer": 136,
-    },
-    "reasoning": {
-        "math-prm": 984,
-        **{f"hep-{language}": 164 for language in ("cpp", "go", "java", "js", "python", "rust")},
-    },
-}
-JUDGEBENCH = {  # section -> how its sources begin
-    "knowledge": "mmlu-pro",
-    "reasoning": "livebench-reasoning",
-    "math": "livebench-math",
-    "coding": "livecodebench",
+    "chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95,
+             "mt-bench-easy": 28, "mt-bench-med": 40},
+    "chat hard": {"mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134,
+                  "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47,
+                  "llmbar-adver-manual": 46},
+    "safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
+               "xstest-should-respond": 250, "donotanswer": 136},
+    "reasoning": {"math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164,
+                  "hep-python": 164, "hep-rust": 164},
+}  # fmt: skip
+JUDGEBENCH = {  # how a source begins -> its section
+    "mmlu-pro": "knowledge",
+    "livebench-reasoning": "reasoning",
+    "livebench-math": "math",
+    "livecodebench": "coding",
 }
 SOURCES = {  # benchmark -> (where the public file is, its columns)
     "rewardbench": ("allenai/reward-bench", "prompt chosen rejected subset"),
     "rewardbench 2": ("allenai/reward-bench-2", "id prompt chosen rejected subset num_correct"),
-    "pandalm": (
-        "testset-v1.json of PandaLM",
-        "instruction input response1 response2 annotator1 annotator2 annotator3",
-    ),
-    "ppe": (
-        "lmarena-ai/PPE-MMLU-Pro-Best-of-K (or -MATH-, -GPQA-)",
-        "question_id prompt response_1 response_2 scores sampled_conflict_pairs",
-    ),
-    "judgebench": (
-        "ScalerLab/JudgeBench",
-        "pair_id source question response_A response_B label",
-    ),
+    "pandalm": ("testset-v1.json of PandaLM",
+                "instruction input response1 response2 annotator1 annotator2 annotator3"),
+    "ppe": ("lmarena-ai/PPE-MMLU-Pro-Best-of-K (or -MATH-, -GPQA-)",
+            "question_id prompt response_1 response_2 scores sampled_conflict_pairs"),
+    "judgebench": ("ScalerLab/JudgeBench", "pair_id source question response_A response_B label"),
     "rmbench": ("THU-KEG/RM-Bench", "prompt chosen rejected domain"),
     "llmbar": ("princeton-nlp/LLMBar", "input output_1 output_2 label subset"),
-}
+}  # fmt: skip
 
 
 @dataclass
@@ -122,6 +101,15 @@ def rows_of(name, path, columns=""):
     return renamed
 
 
+def pair_of(where, row, query, a, b, **more):
+    """The Pair in the columns of these names, and in `label`."""
+    label = as_label(row["label"], f"{where}: label")
+    if label is None:
+        raise UserError(f"{where}: label is {row['label']!r}, should be 1 or 2")
+    texts = (as_text(row[name], f"{where}: {name}") for name in (a, b))
+    return Pair(as_query(row[query], f"{where}: {query}"), *texts, label, **more)
+
+
 def preference(where, query, *responses, **more):
     """A Pair of a preferred and a rejected response, in an order that a stable coin decides."""
     texts = (as_text(text, f"{where}: {k}") for k, text in zip(("chosen", "rejected"), responses))
@@ -171,13 +159,9 @@ def rewardbench(rows):
         subset = as_text(row["subset"], f"{where}: subset")
         if subset not in sizes:
             raise UserError(f"{where}: subset {subset!r} is not of RewardBench v1")
-        pairs.append(
-            preference(
-                where, row["prompt"], row["chosen"], row["rejected"],
-                id=str(row.get("id", len(pairs) + 1)), source=subset,
-                meta={"section": sizes[subset][0]},
-            )
-        )  # fmt: skip
+        about = {"id": str(row.get("id", len(pairs) + 1)), "source": subset}
+        about["meta"] = {"section": sizes[subset][0]}
+        pairs.append(preference(where, row["prompt"], row["chosen"], row["rejected"], **about))
     subsets = [pair.source for pair in pairs]
     counts = Counter(subsets)
     weights = [sizes[subset][1] / counts[subset] for subset in subsets]
@@ -195,24 +179,16 @@ def rewardbench(rows):
 
 def judgebench(rows):
     """JudgeBench: labels A>B and B>A; knowledge, reasoning, math and coding by source."""
-    pairs, sections = [], []
+    pairs = []
     for where, row in rows:
-        label = {"A>B": 1, "B>A": 2}.get(str(row["label"]))
-        if label is None:
-            raise UserError(f"{where}: label is {row['label']!r}, should be A>B or B>A")
         source = as_text(row["source"], f"{where}: source")
-        found = [section for section, start in JUDGEBENCH.items() if source.startswith(start)]
-        sections += found or ["other"]
-        pairs.append(
-            Pair(
-                as_query(row["question"], f"{where}: question"),
-                as_text(row["response_A"], f"{where}: response_A"),
-                as_text(row["response_B"], f"{where}: response_B"),
-                label, id=str(row["pair_id"]), source=source, meta={"section": sections[-1]},
-            )
-        )  # fmt: skip
+        section = [name for start, name in JUDGEBENCH.items() if source.startswith(start)]
+        about = {"id": str(row["pair_id"]), "source": source}
+        about["meta"] = {"section": section[0] if section else "other"}
+        pairs.append(pair_of(where, row, "question", "response_A", "response_B", **about))
+    sections = [pair.meta["section"] for pair in pairs]
     note = "JudgeBench counts a pair as right when both orders together are: see right / pairs"
-    return Benchmark(pairs, by(sections, [*JUDGEBENCH, "other"]), note=note)
+    return Benchmark(pairs, by(sections, [*JUDGEBENCH.values(), "other"]), note=note)
 
 
 def rmbench(rows):
@@ -249,18 +225,10 @@ def llmbar(rows):
     """LLMBar: natural pairs and four adversarial subsets, whose mean is the adversarial score."""
     pairs = []
     for where, row in rows:
-        label = {"1": 1, "2": 2}.get(str(row["label"]))
-        if label is None:
-            raise UserError(f"{where}: label is {row['label']!r}, should be 1 or 2")
-        pairs.append(
-            Pair(
-                as_query(row["input"], f"{where}: input"),
-                as_text(row["output_1"], f"{where}: output_1"),
-                as_text(row["output_2"], f"{where}: output_2"),
-                label, id=str(row.get("id", len(pairs) + 1)), source=str(row["subset"]),
-                meta={"section": str(row["subset"]).split("/")[0]},
-            )
-        )  # fmt: skip
+        subset = str(row["subset"])
+        about = {"id": str(row.get("id", len(pairs) + 1)), "source": subset}
+        about["meta"] = {"section": subset.split("/")[0]}
+        pairs.append(pair_of(where, row, "input", "output_1", "output_2", **about))
     subsets = [pair.source for pair in pairs]
     table = by(subsets)
     keys = [(subset,) if subset.startswith("Adversarial") else None for subset in subsets]
@@ -273,33 +241,30 @@ def pandalm(rows):
     """PandaLM's test set: the majority of three annotators; ties and no majority are left out."""
     pairs, left_out = [], Counter()
     for where, row in rows:
-        named = [row[f"annotator{i}"] for i in (1, 2, 3)]
-        if not all(str(label) in ("0", "1", "2") for label in named):
-            raise UserError(f"{where}: annotators say {named}, should be 0 (tie), 1 or 2")
-        label, count = Counter(int(label) for label in named).most_common(1)[0]
-        if count == 1 or label == 0:
-            left_out["ties" if count > 1 else "without a majority"] += 1
-            continue
-        task, given, a, b = (  # four answers of the public file have become true and false
-            as_text(str(row[k]) if isinstance(row[k], bool) else row[k], f"{where}: {k}")
-            for k in ("instruction", "input", "response1", "response2")
-        )
-        pairs.append(
-            Pair(
-                f"{task}\n\n{given}" if given.strip() else task,
-                a, b, label, id=str(row.get("idx", where)), source="pandalm",
-                meta={"annotators": named, "models": row.get("cmp_key", "")},
+        named = {name: row[name] for name in ("annotator1", "annotator2", "annotator3")}
+        if not all(str(label) in ("0", "1", "2") for label in named.values()):
+            said = list(named.values())
+            raise UserError(f"{where}: annotators say {said}, should be 0 (tie), 1 or 2")
+        for name in ("instruction", "input", "response1", "response2"):
+            as_text(
+                str(row[name]) if isinstance(row[name], bool) else row[name], f"{where}: {name}"
             )
-        )  # fmt: skip
+        own = formats.pandalm({**row, **{name: int(label) for name, label in named.items()}})
+        if own["label"] is None:
+            tie = own["meta"]["annotators"].count(0) > 1
+            left_out["ties" if tie else "without a majority"] += 1
+            continue
+        meta = {"annotators": list(named.values()), "models": row.get("cmp_key", "")}
+        texts = (own[name] for name in ("query", "a", "b", "label"))
+        pairs.append(Pair(*texts, id=str(row.get("idx", where)), source="pandalm", meta=meta))
     return Benchmark(pairs, {}, dict(left_out))
 
 
 def ppe_responses(where, row):
     """The responses and scores of a PPE best-of-K row."""
-    columns = []
-    while f"response_{len(columns) + 1}" in row:
-        columns.append(f"response_{len(columns) + 1}")
-    responses = [as_text(row[name], f"{where}: {name}") for name in columns]
+    responses = []
+    while (name := f"response_{len(responses) + 1}") in row:
+        responses.append(as_text(row[name], f"{where}: {name}"))
     scores = row["scores"]
     good = isinstance(scores, list) and len(scores) == len(responses)
     if not good or not all(isinstance(x, bool | int | float) and isfinite(x) for x in scores):
@@ -326,12 +291,8 @@ def ppe_pairs(rows):
             if scores[i] == scores[j]:
                 left_out["pairs of equal score"] += 1
                 continue
-            pairs.append(
-                preference(
-                    where, row["prompt"], responses[i], responses[j],
-                    id=f"{row['question_id']}:{i}-{j}", source="ppe",
-                )
-            )  # fmt: skip
+            about = {"id": f"{row['question_id']}:{i}-{j}", "source": "ppe"}
+            pairs.append(preference(where, row["prompt"], responses[i], responses[j], **about))
     return Benchmark(pairs, {}, dict(left_out))
 
 
@@ -376,3 +337,81 @@ def scores(name, benchmark, verdicts):
         ]
         return {"overall, unreadable votes as half right": statistics.mean(credits, weights)}
     return {}
+
+
+def rankings_of(name, path, columns=""):
+    """A file of many responses a query -> list of Ranking.
+
+    name: "rewardbench 2" or "ppe". RewardBench's chosen responses come first in the file and are
+    shuffled here, by a stable seed.
+    """
+    rankings = []
+    for where, row in rows_of(name, path, columns):
+        query = as_query(row["prompt"], f"{where}: prompt")
+        if name == "ppe":
+            responses, truth = ppe_responses(where, row)
+            number, source = row["question_id"], "ppe"
+        else:
+            responses, truth = [], []
+            for column in ("chosen", "rejected"):
+                if not isinstance(row[column], list):
+                    raise UserError(f"{where}: {column} is no list: is this RewardBench v1?")
+                responses += [as_text(text, f"{where}: {column}") for text in row[column]]
+                truth += [float(column == "chosen")] * len(row[column])
+            if row["num_correct"] != sum(truth) or not 0 < sum(truth) < len(truth):
+                raise UserError(f"{where}: {sum(truth):.0f} of {len(truth)} responses are chosen")
+            order = list(range(len(responses)))
+            random.Random(f"{query}").shuffle(order)
+            responses, truth = ([column[i] for i in order] for column in (responses, truth))
+            number, source = row["id"], as_text(row["subset"], f"{where}: subset")
+        rankings.append(Ranking(query, responses, truth, str(number), source))
+    if not rankings:
+        raise UserError(f"{name}: no rows in the file")
+    return rankings
+
+
+def rewardbench2(rankings, ratings):
+    """RewardBench v2 -> (score of each ranking or None, cluster of each, rows of weights).
+
+    A ranking's score is the share of right responses among its best rated ones, so one of two best
+    is half right. In the subset Ties a prompt comes twice (ids ref:N and tied:N, one and several
+    right answers) and has one score: 30% all right answers of `ref` above all wrong ones, 30% the
+    same of `tied`, 20% the gap between right and wrong in `tied` above the spread of the right
+    ones, 20% the same with the smaller gap of the two, plus 1% of tanh(gap / spread - 1). A prompt
+    of which one half is missing has none. The overall score is the mean over the subsets.
+    """
+    values, clusters, gaps = [], [], {}
+    for ranking, rated in zip(rankings, ratings):
+        right = [r for r, t in zip(rated, ranking.truth) if t]
+        wrong = [r for r, t in zip(rated, ranking.truth) if not t]
+        best = max(rated)
+        values.append(right.count(best) / (right + wrong).count(best))
+        clusters.append(ranking.query)
+        gaps[ranking.source, ranking.id] = (min(right) - max(wrong), max(right) - min(right))
+    for place, ranking in enumerate(rankings):
+        if ranking.source == "Ties":
+            number = ranking.id.partition(":")[2]
+            halves = [gaps.get(("Ties", f"{half}:{number}")) for half in ("ref", "tied")]
+            values[place] = ties_score(*halves) if all(halves) else None
+            clusters[place] = f"Ties {number}"
+    subsets = [ranking.source for ranking in rankings]
+    rows = by(subsets)
+    scored = [None if v is None else (subset,) for v, subset in zip(values, subsets)]
+    return values, clusters, {**rows, "overall": even(scored)}
+
+
+def ties_score(ref, tied):
+    """Score of a prompt of Ties from (gap, spread) of its two halves; see `rewardbench2`.
+
+    >>> ties_score((2.0, 0.0), (1.0, 0.5))  # all right, and the gap is twice the spread
+    1.0076159415595576
+    """
+    gap, spread = min(ref[0], tied[0]), tied[1]
+    ratio = gap / spread if spread else float("inf") * gap if gap else 1.0
+    return (
+        0.3 * (tied[0] > 0)
+        + 0.3 * (ref[0] > 0)
+        + 0.2 * (tied[0] > spread)
+        + 0.2 * (gap > spread)
+        + 0.01 * tanh(ratio - 1)
+    )
