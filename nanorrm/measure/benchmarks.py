@@ -31,12 +31,9 @@ SECTIONS = {
     "reasoning": {"math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164,
                   "hep-python": 164, "hep-rust": 164},
 }  # fmt: skip
-JUDGEBENCH = {  # how a source begins -> its section
-    "mmlu-pro": "knowledge",
-    "livebench-reasoning": "reasoning",
-    "livebench-math": "math",
-    "livecodebench": "coding",
-}
+# JudgeBench: how a source begins -> its section
+JUDGEBENCH = {"mmlu-pro": "knowledge", "livebench-reasoning": "reasoning",
+              "livebench-math": "math", "livecodebench": "coding"}  # fmt: skip
 SOURCES = {  # benchmark -> (where the public file is, its columns)
     "rewardbench": ("allenai/reward-bench", "prompt chosen rejected subset"),
     "rewardbench 2": ("allenai/reward-bench-2", "id prompt chosen rejected subset num_correct"),
@@ -63,8 +60,7 @@ class Benchmark:
         """The benchmark cut to its first n pairs; 0: all."""
         if not n or n >= len(self.pairs):
             return self
-        rows = {name: weights[:n] for name, weights in self.rows.items()}
-        rows = {name: weights for name, weights in rows.items() if any(weights)}
+        rows = {name: cut for name, weights in self.rows.items() if any(cut := weights[:n])}
         left = {**self.left_out, "beyond --limit": len(self.pairs) - n}
         return Benchmark(self.pairs[:n], rows, left, self.note)
 
@@ -101,7 +97,7 @@ def rows_of(name, path, columns=""):
     return renamed
 
 
-def pair_of(where, row, query, a, b, **more):
+def labelled(where, row, query, a, b, **more):
     """The Pair in the columns of these names, and in `label`."""
     label = as_label(row["label"], f"{where}: label")
     if label is None:
@@ -138,126 +134,76 @@ def even(keys):
     return [0.0 if key is None else share(key) for key in keys]
 
 
-def ones(flags):
-    """Equal weights where a flag is set."""
-    return [float(flag) for flag in flags]
-
-
 def by(values, names=None):
     """A row of equal weights for each value (in the order of names, those that occur)."""
     names = [name for name in names if name in set(values)] if names else sorted(set(values))
-    return {name: ones(value == name for value in values) for name in names}
+    return {name: [float(value == name) for value in values] for name in names}
 
 
-def rewardbench(rows):
-    """RewardBench v1: a section is its subsets weighted by size, the score the mean of sections."""
-    sizes = {subset: (section, n) for section, of in SECTIONS.items() for subset, n in of.items()}
-    pairs = []
-    for where, row in rows:
-        if isinstance(row["chosen"], list) and row["chosen"] and isinstance(row["chosen"][0], str):
-            raise UserError(f"{where}: chosen is a list of responses: this is --version 2")
-        subset = as_text(row["subset"], f"{where}: subset")
-        if subset not in sizes:
-            raise UserError(f"{where}: subset {subset!r} is not of RewardBench v1")
-        about = {"id": str(row.get("id", len(pairs) + 1)), "source": subset}
-        about["meta"] = {"section": sizes[subset][0]}
-        pairs.append(preference(where, row["prompt"], row["chosen"], row["rejected"], **about))
-    subsets = [pair.source for pair in pairs]
-    counts = Counter(subsets)
-    weights = [sizes[subset][1] / counts[subset] for subset in subsets]
-    table, overall = {}, [0.0] * len(pairs)
-    for section, of in SECTIONS.items():
-        mine = [w * (subset in of) for w, subset in zip(weights, subsets)]
-        if any(mine):
-            table |= {f"{section}: {name}": row for name, row in by(subsets, of).items()}
-            table[section] = mine
-            overall = [so_far + w / sum(mine) for so_far, w in zip(overall, mine)]
-    table["overall"] = overall
-    there = [section for section in SECTIONS if section in table]
-    return Benchmark(pairs, table, note=f"overall: mean of {', '.join(there)}")
+# -- a row of a file -> its pairs, or for each the reason why it is left out
 
 
-def judgebench(rows):
-    """JudgeBench: labels A>B and B>A; knowledge, reasoning, math and coding by source."""
-    pairs = []
-    for where, row in rows:
-        source = as_text(row["source"], f"{where}: source")
-        section = [name for start, name in JUDGEBENCH.items() if source.startswith(start)]
-        about = {"id": str(row["pair_id"]), "source": source}
-        about["meta"] = {"section": section[0] if section else "other"}
-        pairs.append(pair_of(where, row, "question", "response_A", "response_B", **about))
-    sections = [pair.meta["section"] for pair in pairs]
-    note = "JudgeBench counts a pair as right when both orders together are: see right / pairs"
-    return Benchmark(pairs, by(sections, [*JUDGEBENCH.values(), "other"]), note=note)
+def rewardbench(where, row, number):
+    """RewardBench v1: a preferred and a rejected response."""
+    if isinstance(row["chosen"], list) and row["chosen"] and isinstance(row["chosen"][0], str):
+        raise UserError(f"{where}: chosen is a list of responses: this is --version 2")
+    subset = as_text(row["subset"], f"{where}: subset")
+    sections = [section for section, sizes in SECTIONS.items() if subset in sizes]
+    if not sections:
+        raise UserError(f"{where}: subset {subset!r} is not of RewardBench v1")
+    about = {"id": str(row.get("id", number)), "source": subset, "meta": {"section": sections[0]}}
+    yield preference(where, row["prompt"], row["chosen"], row["rejected"], **about)
 
 
-def rmbench(rows):
-    """RM-Bench: three styles of the right answer against three of the wrong one, nine pairs a row.
+def judgebench(where, row, number):
+    """JudgeBench: labels A>B and B>A."""
+    source = as_text(row["source"], f"{where}: source")
+    section = [name for start, name in JUDGEBENCH.items() if source.startswith(start)]
+    about = {"id": str(row["pair_id"]), "source": source}
+    about["meta"] = {"section": section[0] if section else "other"}
+    yield labelled(where, row, "question", "response_A", "response_B", **about)
 
-    easy: the right answer is in the fancier style, hard: the wrong one is; rows are means over the
-    domains (chat, code, math, safety), safety being the mean of its two halves.
+
+def rmbench(where, row, number):
+    """RM-Bench: three styles of the right answer against three of the wrong one, nine pairs.
+
+    easy: the right answer is in the fancier style, hard: the wrong one is.
     """
-    pairs, domains, levels = [], [], []
-    for where, row in rows:
-        for name in ("chosen", "rejected"):
-            if not isinstance(row[name], list) or len(row[name]) != 3:
-                raise UserError(f"{where}: {name} should be a list of three responses")
-        domain = as_text(row["domain"], f"{where}: domain")
-        number = str(row.get("id", len(pairs) // 9 + 1))
-        for i, chosen in enumerate(row["chosen"]):
-            for j, rejected in enumerate(row["rejected"]):
-                level = "normal" if i == j else "easy" if i > j else "hard"
-                meta = {"section": domain, "level": level, "styles": [i, j]}
-                more = {"id": f"{number}:{i}-{j}", "source": domain, "meta": meta}
-                pairs.append(preference(where, row["prompt"], chosen, rejected, **more))
-                domains.append((domain.split("-")[0], domain))
-                levels.append(level)
-    table = {}
-    for name in sorted({domain for domain, _ in domains}):
-        table[name] = even([key if key[0] == name else None for key in domains])
-    for name in ("easy", "normal", "hard"):
-        table[name] = even([k if level == name else None for k, level in zip(domains, levels)])
-    table["overall"] = even(domains)
-    return Benchmark(pairs, table, note="easy, normal, hard and overall: means over the domains")
+    for name in ("chosen", "rejected"):
+        if not isinstance(row[name], list) or len(row[name]) != 3:
+            raise UserError(f"{where}: {name} should be a list of three responses")
+    domain, number = as_text(row["domain"], f"{where}: domain"), str(row.get("id", number))
+    for i, chosen in enumerate(row["chosen"]):
+        for j, rejected in enumerate(row["rejected"]):
+            level = "normal" if i == j else "easy" if i > j else "hard"
+            meta = {"section": domain, "level": level, "styles": [i, j]}
+            about = {"id": f"{number}:{i}-{j}", "source": domain, "meta": meta}
+            yield preference(where, row["prompt"], chosen, rejected, **about)
 
 
-def llmbar(rows):
-    """LLMBar: natural pairs and four adversarial subsets, whose mean is the adversarial score."""
-    pairs = []
-    for where, row in rows:
-        subset = str(row["subset"])
-        about = {"id": str(row.get("id", len(pairs) + 1)), "source": subset}
-        about["meta"] = {"section": subset.split("/")[0]}
-        pairs.append(pair_of(where, row, "input", "output_1", "output_2", **about))
-    subsets = [pair.source for pair in pairs]
-    table = by(subsets)
-    keys = [(subset,) if subset.startswith("Adversarial") else None for subset in subsets]
-    if len({key for key in keys if key}) > 1:
-        table["adversarial"] = even(keys)
-    return Benchmark(pairs, table, note="adversarial: mean of its subsets")
+def llmbar(where, row, number):
+    """LLMBar: two outputs and the better one's number."""
+    subset = str(row["subset"])
+    about = {"id": str(row.get("id", number)), "source": subset}
+    about["meta"] = {"section": subset.split("/")[0]}
+    yield labelled(where, row, "input", "output_1", "output_2", **about)
 
 
-def pandalm(rows):
+def pandalm(where, row, number):
     """PandaLM's test set: the majority of three annotators; ties and no majority are left out."""
-    pairs, left_out = [], Counter()
-    for where, row in rows:
-        named = {name: row[name] for name in ("annotator1", "annotator2", "annotator3")}
-        if not all(str(label) in ("0", "1", "2") for label in named.values()):
-            said = list(named.values())
-            raise UserError(f"{where}: annotators say {said}, should be 0 (tie), 1 or 2")
-        for name in ("instruction", "input", "response1", "response2"):
-            as_text(
-                str(row[name]) if isinstance(row[name], bool) else row[name], f"{where}: {name}"
-            )
-        own = formats.pandalm({**row, **{name: int(label) for name, label in named.items()}})
-        if own["label"] is None:
-            tie = own["meta"]["annotators"].count(0) > 1
-            left_out["ties" if tie else "without a majority"] += 1
-            continue
-        meta = {"annotators": list(named.values()), "models": row.get("cmp_key", "")}
-        texts = (own[name] for name in ("query", "a", "b", "label"))
-        pairs.append(Pair(*texts, id=str(row.get("idx", where)), source="pandalm", meta=meta))
-    return Benchmark(pairs, {}, dict(left_out))
+    named = {name: row[name] for name in ("annotator1", "annotator2", "annotator3")}
+    if not all(str(label) in ("0", "1", "2") for label in named.values()):
+        said = list(named.values())
+        raise UserError(f"{where}: annotators say {said}, should be 0 (tie), 1 or 2")
+    for name in ("instruction", "input", "response1", "response2"):
+        as_text(str(row[name]) if isinstance(row[name], bool) else row[name], f"{where}: {name}")
+    own = formats.pandalm({**row, **{name: int(label) for name, label in named.items()}})
+    if own["label"] is None:
+        yield "ties" if own["meta"]["annotators"].count(0) > 1 else "without a majority"
+        return
+    meta = {"annotators": list(named.values()), "models": row.get("cmp_key", "")}
+    texts = (own[name] for name in ("query", "a", "b", "label"))
+    yield Pair(*texts, id=str(row.get("idx", where)), source="pandalm", meta=meta)
 
 
 def ppe_responses(where, row):
@@ -272,46 +218,95 @@ def ppe_responses(where, row):
     return responses, [float(score) for score in scores]
 
 
-def ppe_pairs(rows):
+def ppe(where, row, number):
     """PPE's accuracy: the sampled pairs (0-based) of a right and a wrong response."""
-    pairs, left_out = [], Counter()
-    for where, row in rows:
-        responses, scores = ppe_responses(where, row)
-        known, sampled_pairs = range(len(responses)), row["sampled_conflict_pairs"]
-        if not isinstance(sampled_pairs, list):
-            raise UserError(f"{where}: sampled_conflict_pairs should be a list of pairs")
-        for sampled in sampled_pairs:
-            fits = isinstance(sampled, list) and [type(i) is int and i in known for i in sampled]
-            if fits != [True, True]:
-                raise UserError(
-                    f"{where}: sampled_conflict_pairs has {sampled}, should be two of 0 to "
-                    f"{len(responses) - 1}"
-                )
-            i, j = sorted(sampled, key=lambda k: -scores[k])
-            if scores[i] == scores[j]:
-                left_out["pairs of equal score"] += 1
-                continue
-            about = {"id": f"{row['question_id']}:{i}-{j}", "source": "ppe"}
-            pairs.append(preference(where, row["prompt"], responses[i], responses[j], **about))
-    return Benchmark(pairs, {}, dict(left_out))
+    responses, scores = ppe_responses(where, row)
+    known, pairs = range(len(responses)), row["sampled_conflict_pairs"]
+    for pair in pairs if isinstance(pairs, list) else [pairs]:
+        fits = isinstance(pair, list) and [type(i) is int and i in known for i in pair]
+        if fits != [True, True]:
+            raise UserError(
+                f"{where}: sampled_conflict_pairs has {pair}, should be two of 0 to {known[-1]}"
+            )
+        i, j = sorted(pair, key=lambda k: -scores[k])
+        if scores[i] == scores[j]:
+            yield "pairs of equal score"
+            continue
+        about = {"id": f"{row['question_id']}:{i}-{j}", "source": "ppe"}
+        yield preference(where, row["prompt"], responses[i], responses[j], **about)
 
 
-PAIRS = {
-    "rewardbench": rewardbench,
-    "pandalm": pandalm,
-    "ppe": ppe_pairs,
-    "judgebench": judgebench,
-    "rmbench": rmbench,
-    "llmbar": llmbar,
+# -- pairs -> the weights of each row of the benchmark's table, and what they mean
+
+
+def sections_by_size(pairs):
+    """RewardBench v1: a section is its subsets weighted by size, the score the mean of sections."""
+    subsets = [pair.source for pair in pairs]
+    counts, there = Counter(subsets), {pair.meta["section"] for pair in pairs}
+    table, overall = {}, [0.0] * len(pairs)
+    for section, sizes in SECTIONS.items():
+        mine = [sizes[subset] / counts[subset] if subset in sizes else 0.0 for subset in subsets]
+        if section in there:
+            table |= {f"{section}: {name}": row for name, row in by(subsets, sizes).items()}
+            table[section] = mine
+            overall = [so_far + w / sum(mine) for so_far, w in zip(overall, mine)]
+    note = f"overall: mean of {', '.join(section for section in SECTIONS if section in there)}"
+    return {**table, "overall": overall}, note
+
+
+def by_section(pairs):
+    """JudgeBench: knowledge, reasoning, math and coding."""
+    note = "JudgeBench counts a pair as right when both orders together are: see right / pairs"
+    return by([pair.meta["section"] for pair in pairs], [*JUDGEBENCH.values(), "other"]), note
+
+
+def by_style(pairs):
+    """RM-Bench: means over chat, code, math and safety, safety being the mean of its halves."""
+    domains = [(pair.source.split("-")[0], pair.source) for pair in pairs]
+    table = {}
+    for name in sorted({domain for domain, _ in domains}):
+        table[name] = even([key if key[0] == name else None for key in domains])
+    for name in ("easy", "normal", "hard"):
+        here = [pair.meta["level"] == name for pair in pairs]
+        table[name] = even([key if there else None for key, there in zip(domains, here)])
+    table["overall"] = even(domains)
+    return table, "easy, normal, hard and overall: means over the domains"
+
+
+def by_subset(pairs):
+    """LLMBar: natural pairs and four adversarial subsets, whose mean is the adversarial score."""
+    subsets = [pair.source for pair in pairs]
+    table = by(subsets)
+    keys = [(subset,) if subset.startswith("Adversarial") else None for subset in subsets]
+    if len({key for key in keys if key}) > 1:
+        table["adversarial"] = even(keys)
+    return table, "adversarial: mean of its subsets"
+
+
+PAIRS = {  # benchmark -> (pairs of a row, rows of the table)
+    "rewardbench": (rewardbench, sections_by_size),
+    "pandalm": (pandalm, None),
+    "ppe": (ppe, None),
+    "judgebench": (judgebench, by_section),
+    "rmbench": (rmbench, by_style),
+    "llmbar": (llmbar, by_subset),
 }
 
 
 def pairs_of(name, path, columns=""):
     """A benchmark's file -> Benchmark."""
-    benchmark = PAIRS[name](rows_of(name, path, columns))
-    if not benchmark.pairs:
-        raise UserError(f"{name}: no pairs to judge in the file ({benchmark.left_out or 'empty'})")
-    return benchmark
+    read, weigh = PAIRS[name]
+    pairs, left_out = [], Counter()
+    for number, (where, row) in enumerate(rows_of(name, path, columns), 1):
+        for made in read(where, row, number):
+            if isinstance(made, str):
+                left_out[made] += 1
+            else:
+                pairs.append(made)
+    if not pairs:
+        raise UserError(f"{name}: no pairs to judge in the file ({dict(left_out) or 'empty'})")
+    rows, note = weigh(pairs) if weigh else ({}, "")
+    return Benchmark(pairs, rows, dict(left_out), note)
 
 
 def scores(name, benchmark, verdicts):
@@ -352,17 +347,16 @@ def rankings_of(name, path, columns=""):
             responses, truth = ppe_responses(where, row)
             number, source = row["question_id"], "ppe"
         else:
-            responses, truth = [], []
             for column in ("chosen", "rejected"):
                 if not isinstance(row[column], list):
                     raise UserError(f"{where}: {column} is no list: is this RewardBench v1?")
-                responses += [as_text(text, f"{where}: {column}") for text in row[column]]
-                truth += [float(column == "chosen")] * len(row[column])
-            if row["num_correct"] != sum(truth) or not 0 < sum(truth) < len(truth):
-                raise UserError(f"{where}: {sum(truth):.0f} of {len(truth)} responses are chosen")
-            order = list(range(len(responses)))
-            random.Random(f"{query}").shuffle(order)
-            responses, truth = ([column[i] for i in order] for column in (responses, truth))
+            right, n = len(row["chosen"]), len(row["chosen"]) + len(row["rejected"])
+            if row["num_correct"] != right or not 0 < right < n:
+                raise UserError(f"{where}: {right} of {n} responses are chosen")
+            rated = [(as_text(text, f"{where}: chosen"), 1.0) for text in row["chosen"]]
+            rated += [(as_text(text, f"{where}: rejected"), 0.0) for text in row["rejected"]]
+            random.Random(f"{query}").shuffle(rated)
+            responses, truth = map(list, zip(*rated))
             number, source = row["id"], as_text(row["subset"], f"{where}: subset")
         rankings.append(Ranking(query, responses, truth, str(number), source))
     if not rankings:
@@ -408,10 +402,5 @@ def ties_score(ref, tied):
     """
     gap, spread = min(ref[0], tied[0]), tied[1]
     ratio = gap / spread if spread else float("inf") * gap if gap else 1.0
-    return (
-        0.3 * (tied[0] > 0)
-        + 0.3 * (ref[0] > 0)
-        + 0.2 * (tied[0] > spread)
-        + 0.2 * (gap > spread)
-        + 0.01 * tanh(ratio - 1)
-    )
+    score = 0.3 * (tied[0] > 0) + 0.3 * (ref[0] > 0) + 0.2 * (tied[0] > spread)
+    return score + 0.2 * (gap > spread) + 0.01 * tanh(ratio - 1)
