@@ -7,7 +7,27 @@ from collections import Counter
 
 import numpy as np
 
+from nanorrm.measure.patterns import PHRASES
 from nanorrm.measure.statistics import bootstrap, mean, roc_auc, standardise
+
+OUTCOMES = ("right", "wrong", "tied", "invalid", "skipped")  # invalid: no vote could be read
+SHARES = ("accuracy", "accuracy_readable", "voted", "consistency", "first_slot", "unreadable")
+FORMATS = {  # metric -> how the terminal and report.html write it
+    **dict.fromkeys((*SHARES, "truncated", *PHRASES), "{:.1%}"),
+    **dict.fromkeys(("tokens_per_vote", "think_tokens_per_pair", "matches"), "{:.1f}"),
+}
+
+
+def written(metric, value):
+    """A metric's value as people read it, `-` for None; by FORMATS, never by a guess.
+
+    >>> written("accuracy", 0.8231), written("matches", 1.0), written("pairs", 2985)
+    ('82.3%', '1.0', '2,985')
+    """
+    if value is None or isinstance(value, bool | str):
+        return "-" if value is None else str(value)
+    plain = "{:,}" if isinstance(value, int) else "{:,.2f}"
+    return FORMATS.get(metric, plain).format(value)
 
 
 def outcome(pair, verdict):
@@ -25,9 +45,6 @@ def outcome(pair, verdict):
     if pair.label is None:
         return None
     return "right" if verdict.winner == pair.label else "wrong"
-
-
-OUTCOMES = ("right", "wrong", "tied", "invalid", "skipped")
 
 
 def credit(pair, verdict):
