@@ -24,6 +24,14 @@ from nanorrm.measure import scaling as scales
 from nanorrm.measure.benchmarks import Benchmark, pairs_of, rankings_of, rewardbench2
 from nanorrm.rank import bestof
 
+LEAST = {"pairs": 1, "longer": 0, "limit": 0, "opponents": 0, "queries": 1, "size": 2}
+CHOICES = {
+    "version": ("1", "2"),
+    "task": ("pairs", "best_of_k"),
+    "strategy": bestof.STRATEGIES,
+    "strategies": bestof.STRATEGIES,
+}
+
 
 @dataclass
 class Evaluation(JudgeSettings):
@@ -34,6 +42,13 @@ class Evaluation(JudgeSettings):
 
     def __post_init__(self):
         super().__post_init__()
+        for name, least in LEAST.items():
+            if hasattr(self, name):
+                at_least(self, least, name)
+        for name, known in CHOICES.items():
+            value = vars(self).get(name, [])
+            for one in value if isinstance(value, list) else [value]:
+                one_of(name, str(one), known)
         if self.json and not Path(self.json).parent.is_dir():
             raise UserError(f"{self.json}: no such folder")
 
@@ -45,11 +60,6 @@ class ToyEvaluation(Evaluation):
     pairs: int = 200  # pairs per chain length
     longer: int = 2  # chain lengths beyond those trained on
 
-    def __post_init__(self):
-        super().__post_init__()
-        at_least(self, 1, "pairs")
-        at_least(self, 0, "longer")
-
 
 @dataclass
 class FileEvaluation(Evaluation):
@@ -58,10 +68,6 @@ class FileEvaluation(Evaluation):
     data: str | None = None  # the file: jsonl, json or parquet
     columns: str = ""  # what the file calls them: wanted=given,wanted=given
     limit: int = 0  # judge only the first pairs; 0: all
-
-    def __post_init__(self):
-        super().__post_init__()
-        at_least(self, 0, "limit")
 
 
 def of_file(about):
@@ -75,10 +81,6 @@ class RewardBench(FileEvaluation):
 
     version: int = 1  # 1 or 2
 
-    def __post_init__(self):
-        super().__post_init__()
-        one_of("version", str(self.version), ("1", "2"))
-
 
 @dataclass
 class PPE(FileEvaluation):
@@ -88,12 +90,6 @@ class PPE(FileEvaluation):
     strategy: str = "knockout"  # for best_of_k: knockout, elo, round_robin or bradley_terry
     opponents: int = 0  # for elo: random opponents that each response meets; 0: all others
 
-    def __post_init__(self):
-        super().__post_init__()
-        one_of("task", self.task, ("pairs", "best_of_k"))
-        one_of("strategy", self.strategy, bestof.STRATEGIES)
-        at_least(self, 0, "opponents")
-
 
 @dataclass
 class BestOfN(FileEvaluation):
@@ -101,12 +97,6 @@ class BestOfN(FileEvaluation):
 
     strategies: list[str] = field(default_factory=lambda: list(bestof.STRATEGIES[:3]))  # to compare
     opponents: int = 4  # for elo: random opponents that each response meets; 0: all others
-
-    def __post_init__(self):
-        super().__post_init__()
-        for strategy in self.strategies:
-            one_of("strategies", strategy, bestof.STRATEGIES)
-        at_least(self, 0, "opponents")
 
 
 @dataclass
@@ -125,8 +115,6 @@ class Scaling(FileEvaluation):
         given, self.temperature = self.temperature, self.temperature or 0.0
         super().__post_init__()
         self.temperature = given  # None is settled when all settings are known
-        at_least(self, 1, "pairs", "queries")
-        at_least(self, 2, "size")
         if any(budget < 0 for budget in self.budgets):
             raise UserError(f"budgets = {self.budgets} should be at least 0")
 
@@ -197,11 +185,7 @@ def bon(cfg):
     if cfg.data is None:
         raise UserError("give --data FILE: jsonl with query, responses and truth")
     rankings = with_truth(cfg.data, cfg.columns)
-
-    def score(rankings, played):
-        return {"rows": results.chosen(rankings, played)}, ""
-
-    judge_rankings(cfg, "bon", rankings, {name: name for name in cfg.strategies}, score)
+    judge_rankings(cfg, "bon", rankings, {name: name for name in cfg.strategies})
 
 
 def scaling(cfg):
@@ -301,10 +285,11 @@ def judge_pairs(cfg, command, benchmark):
     finish(cfg, folder, command, judge, numbers, partial(results.bars, shown), records)
 
 
-def judge_rankings(cfg, command, rankings, strategies, score):
+def judge_rankings(cfg, command, rankings, strategies, score=None):
     """Rank each query's responses by each of strategies {name in the records: strategy}.
 
-    score(rankings, {name: (list of Ranked, play)}) -> the numbers, and a line about them or "".
+    score(rankings, {name: (list of Ranked, play)}) -> the numbers, and a line about them or "";
+    default: how good the chosen responses are.
     """
     if 0 < cfg.limit < (n := len(rankings)):
         print(f"{cfg.limit} judged + {n - cfg.limit} beyond --limit = {n} queries")
@@ -315,7 +300,8 @@ def judge_rankings(cfg, command, rankings, strategies, score):
     settings, played = (getattr(cfg, "opponents", 0), cfg.seed), {}
     for name, strategy in strategies.items():
         played[name] = bestof.rank(judge, rankings, strategy, *settings, progress=strategy, **how)
-    numbers, line = score(rankings, played)
+    chosen = {"rows": results.chosen(rankings, played)}, ""
+    numbers, line = score(rankings, played) if score else chosen
     counts = sum((play.counts for _, play in played.values()), Counter())
     total = metrics.shares([verdict for _, verdict in judge.asked])
     print("\n".join(results.table(numbers["rows"])), end=f"\n\n{line}\n" if line else "\n")
