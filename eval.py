@@ -141,14 +141,14 @@ def pairs(cfg):
 
 def benchmark(name, cfg):
     """Accuracy on a public benchmark of pairs."""
-    judge_pairs(cfg, name, pairs_of(name, wanted(cfg, name), cfg.columns).first(cfg.limit))
+    judge_pairs(cfg, name, pairs_of(name, cfg.data, cfg.columns).first(cfg.limit))
 
 
 def rewardbench(cfg):
     """RewardBench v1 as pairs; v2 by Bradley-Terry ratings over all pairs of each query."""
     if cfg.version == 1:
         return benchmark("rewardbench", cfg)
-    rankings = rankings_of("rewardbench 2", wanted(cfg, "rewardbench 2"), cfg.columns)
+    rankings = rankings_of("rewardbench 2", cfg.data, cfg.columns)
 
     def score(rankings, played):
         ((ranked, play),) = played.values()
@@ -164,7 +164,7 @@ def ppe(cfg):
     """PPE's pairs, or its best-of-K curve and the numbers it reports."""
     if cfg.task == "pairs":
         return benchmark("ppe", cfg)
-    rankings = rankings_of("ppe", wanted(cfg, "ppe"), cfg.columns)
+    rankings = rankings_of("ppe", cfg.data, cfg.columns)
     if len(sizes := {len(ranking.responses) for ranking in rankings[: cfg.limit or None]}) > 1:
         raise UserError(f"{cfg.data}: rows have {min(sizes)} to {max(sizes)} responses, not all K")
 
@@ -198,24 +198,29 @@ def scaling(cfg):
     if own:
         pairs = source.held_out(cfg.pairs * len(TERMS), TERMS)
         rankings = source.rankings(cfg.queries * len(TERMS), cfg.size)
-    folder, judge = begin("scaling", cfg)
-    panels, how = {}, {"both_orders": cfg.both_orders, "progress": "judging"}
+    how = {"both_orders": cfg.both_orders, "progress": "judging"}
     asked = {**how, "max_think_tokens": cfg.max_think_tokens}
-    if pairs:
-        verdicts = judge.compare(pairs, cfg.votes, **asked)
-        panels["votes"] = scales.over_votes(pairs, verdicts, cfg.seed)
-        if not cfg.endpoint:  # a server closes no thinking
-            budgets = cfg.budgets or scales.doubling(verdicts)
-            panels["thinking tokens"] = scales.over_budgets(judge, pairs, budgets, cfg.seed, **how)
-    if rankings:
-        panels["generations per query"] = scales.over_strategies(judge, rankings, cfg.seed, **asked)
-    curves = {title: panel["curves"] for title, panel in panels.items()}
-    for title, lines in curves.items():
-        print("\n".join(scales.grid(title, lines)), end="\n\n")
-    total = metrics.shares([verdict for _, verdict in judge.asked])
-    numbers = {"curves": curves, "all": total, "rows": scales.rows(panels)}
-    records = [results.pair_record(*one) for one in judge.asked]
-    finish(cfg, folder, "scaling", judge, numbers, partial(results.curves, panels), records)
+
+    def ask(judge):
+        panels = {}
+        if pairs:
+            verdicts = judge.compare(pairs, cfg.votes, **asked)
+            panels["votes"] = scales.over_votes(pairs, verdicts, cfg.seed)
+            if not cfg.endpoint:  # a server closes no thinking
+                budgets = cfg.budgets or scales.doubling(verdicts)
+                thinking = scales.over_budgets(judge, pairs, budgets, cfg.seed, **how)
+                panels["thinking tokens"] = thinking
+        if rankings:
+            spent = scales.over_strategies(judge, rankings, cfg.seed, **asked)
+            panels["generations per query"] = spent
+        curves = {title: panel["curves"] for title, panel in panels.items()}
+        lines = [line for one in curves.items() for line in (*scales.grid(*one), "")]
+        total = metrics.shares([verdict for _, verdict in judge.asked])
+        numbers = {"curves": curves, "all": total, "rows": scales.rows(panels)}
+        records = [results.pair_record(*one) for one in judge.asked]
+        return lines, numbers, records, partial(results.curves, panels)
+
+    evaluate(cfg, "scaling", ask)
 
 
 def compare(arguments):
@@ -226,13 +231,6 @@ def compare(arguments):
 
 
 # -- what is judged
-
-
-def wanted(cfg, name):
-    """The path of a benchmark's file."""
-    if cfg.data is None:
-        raise UserError(f"give --data FILE: {benchmarks.wanted(name)}")
-    return cfg.data
 
 
 def with_label(cfg):
@@ -261,28 +259,24 @@ def with_truth(path, columns=""):
 # -- open, judge, print, write
 
 
-def begin(command, cfg):
-    """The folder an evaluation will write to and the judge it asks."""
-    judge = open_judge(cfg)  # first: where there is none, no folder is left behind
-    return results.output_folder(command, cfg.out), results.Recorder(judge)
-
-
 def judge_pairs(cfg, command, benchmark):
-    """Judge a Benchmark's pairs; print its table; write its folder."""
-    folder, judge = begin(command, cfg)
-    pairs, how = benchmark.pairs, (cfg.votes, cfg.both_orders, cfg.max_think_tokens)
-    verdicts = judge.compare(pairs, *how, progress="judging")
-    weighed = benchmark.rows.items()
-    rows = {name: metrics.summarize(pairs, verdicts, weights) for name, weights in weighed}
-    total = metrics.summarize(pairs, verdicts)
-    shown = rows if command == "toy" else {**rows, "all": total}
-    scores = benchmarks.scores(command, benchmark, verdicts)
-    print("\n".join(results.table(shown)))
-    print("\n" + "\n".join(results.account(total, benchmark, scores, judge.seconds)))
-    print("\n".join(results.flags(total, cfg.both_orders)))
-    numbers = {"rows": shown, "all": total, "scores": scores, "left_out": benchmark.left_out}
-    records = [results.pair_record(*one) for one in judge.asked]
-    finish(cfg, folder, command, judge, numbers, partial(results.bars, shown), records)
+    """Judge a Benchmark's pairs."""
+
+    def ask(judge):
+        pairs, how = benchmark.pairs, (cfg.votes, cfg.both_orders, cfg.max_think_tokens)
+        verdicts = judge.compare(pairs, *how, progress="judging")
+        weighed = benchmark.rows.items()
+        rows = {name: metrics.summarize(pairs, verdicts, weights) for name, weights in weighed}
+        total = metrics.summarize(pairs, verdicts)
+        rows = rows if command == "toy" else {**rows, "all": total}
+        scores = benchmarks.scores(command, benchmark, verdicts)
+        account = results.account(total, benchmark, scores, judge.seconds)
+        lines = [*results.table(rows), "", *account, *results.flags(total, cfg.both_orders)]
+        numbers = {"rows": rows, "all": total, "scores": scores, "left_out": benchmark.left_out}
+        records = [results.pair_record(*one) for one in judge.asked]
+        return lines, numbers, records, partial(results.bars, rows)
+
+    evaluate(cfg, command, ask)
 
 
 def judge_rankings(cfg, command, rankings, strategies, score=None):
@@ -294,34 +288,43 @@ def judge_rankings(cfg, command, rankings, strategies, score=None):
     if 0 < cfg.limit < (n := len(rankings)):
         print(f"{cfg.limit} judged + {n - cfg.limit} beyond --limit = {n} queries")
         rankings = rankings[: cfg.limit]
-    folder, judge = begin(command, cfg)
     how = {"votes": cfg.votes, "both_orders": cfg.both_orders}
-    how["max_think_tokens"] = cfg.max_think_tokens
-    settings, played = (getattr(cfg, "opponents", 0), cfg.seed), {}
-    for name, strategy in strategies.items():
-        played[name] = bestof.rank(judge, rankings, strategy, *settings, progress=strategy, **how)
-    chosen = {"rows": results.chosen(rankings, played)}, ""
-    numbers, line = score(rankings, played) if score else chosen
-    counts = sum((play.counts for _, play in played.values()), Counter())
-    total = metrics.shares([verdict for _, verdict in judge.asked])
-    print("\n".join(results.table(numbers["rows"])), end=f"\n\n{line}\n" if line else "\n")
-    print("\n" + "\n".join(results.cost(total, counts, judge.seconds)))
-    print("\n".join(results.flags(total, cfg.both_orders)))
-    records = [
-        results.ranking_record(*one, partial(play.verdict, i), strategy)
-        for strategy, (ranked, play) in played.items()
-        for i, one in enumerate(zip(rankings, ranked))
-    ]
-    draw = partial(results.bars, numbers["rows"])
-    if curves := numbers.get("curves"):
-        panels = {title: {"x": "k", "curves": lines} for title, lines in curves.items()}
-        draw = partial(results.curves, panels)
-    numbers = {**numbers, "all": total, "matches": dict(counts)}
-    finish(cfg, folder, command, judge, numbers, draw, records)
+    how |= {"max_think_tokens": cfg.max_think_tokens, "opponents": getattr(cfg, "opponents", 0)}
+
+    def ask(judge):
+        played = {}
+        for name, kind in strategies.items():
+            played[name] = bestof.rank(judge, rankings, kind, seed=cfg.seed, progress=kind, **how)
+        chosen = {"rows": results.chosen(rankings, played)}, ""
+        numbers, line = score(rankings, played) if score else chosen
+        counts = sum((play.counts for _, play in played.values()), Counter())
+        total = metrics.shares([verdict for _, verdict in judge.asked])
+        lines = [*results.table(numbers["rows"]), *(["", line] if line else []), ""]
+        lines += results.cost(total, counts, judge.seconds)
+        lines += results.flags(total, cfg.both_orders)
+        records = [
+            results.ranking_record(*one, partial(play.verdict, i), name)
+            for name, (ranked, play) in played.items()
+            for i, one in enumerate(zip(rankings, ranked))
+        ]
+        draw = partial(results.bars, numbers["rows"])
+        if curves := numbers.get("curves"):
+            panels = {title: {"x": "k", "curves": lines} for title, lines in curves.items()}
+            draw = partial(results.curves, panels)
+        return lines, {**numbers, "all": total, "matches": dict(counts)}, records, draw
+
+    evaluate(cfg, command, ask)
 
 
-def finish(cfg, folder, command, judge, numbers, draw, records):
-    """Write the folder of an evaluation, and its numbers to --json."""
+def evaluate(cfg, command, ask):
+    """Open a judge and a folder, judge, print; write the folder, and the numbers to --json.
+
+    ask(judge) -> (lines to print, numbers, records, a function that draws the plot).
+    """
+    judge = results.Recorder(open_judge(cfg))  # first: where there is none, no folder is left
+    folder = results.output_folder(command, cfg.out)
+    lines, numbers, records, draw = ask(judge)
+    print("\n".join(lines))
     numbers = {**numbers, "seconds": judge.seconds}
     results.write(folder, command, cfg, numbers, records, draw)
     if cfg.json:

@@ -65,19 +65,15 @@ class Benchmark:
         return Benchmark(self.pairs[:n], rows, left, self.note)
 
 
-def wanted(name):
-    """What a benchmark's file is and where: for a command that was given none."""
-    source, columns = SOURCES[name]
-    return f"{source} (columns {', '.join(columns.split())})"
-
-
 def rows_of(name, path, columns=""):
     """Rows [(where, record)] of a benchmark's file, with the benchmark's own names for columns.
 
     columns: "wanted=given,..." where the file has other names. Raises UserError for a row that
-    lacks a column, with a mapping to try.
+    lacks a column, with a mapping to try; without a path it says where the file is.
     """
-    needed = SOURCES[name][1].split()
+    source, needed = SOURCES[name][0], SOURCES[name][1].split()
+    if path is None:
+        raise UserError(f"give --data FILE: {source} (columns {', '.join(needed)})")
     names = mapping(columns)
     if odd := [key for key in names if key not in needed]:
         raise UserError(f"columns = {columns!r}: {odd[0]!r} is none of {', '.join(needed)}")

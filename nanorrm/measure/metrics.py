@@ -69,14 +69,12 @@ def summarize(pairs, verdicts, weights=None):
     everything. Intervals: bootstrap over queries (votes of a pair and pairs of a query are not
     independent).
     """
-    if weights is not None:
-        pairs = [pair for pair, weight in zip(pairs, weights) if weight]
-        verdicts = [verdict for verdict, weight in zip(verdicts, weights) if weight]
-        weights = [weight for weight in weights if weight]
-    judged = list(zip(pairs, verdicts))
+    weights = [1.0] * len(pairs) if weights is None else weights
+    judged = [one for *one, weight in zip(pairs, verdicts, weights) if weight]
+    weights = [weight for weight in weights if weight]
     outcomes = [outcome(pair, verdict) for pair, verdict in judged]
-    queries = [str(pair.query) for pair in pairs]
-    summary = {"pairs": len(pairs), **{name: outcomes.count(name) for name in OUTCOMES}}
+    queries = [str(pair.query) for pair, _ in judged]
+    summary = {"pairs": len(judged), **{name: outcomes.count(name) for name in OUTCOMES}}
     for name, values in (
         ("accuracy", [credit(*one) for one in judged]),
         ("accuracy_readable", [credit_readable(*one) for one in judged]),
@@ -84,7 +82,7 @@ def summarize(pairs, verdicts, weights=None):
     ):
         summary[name] = mean(values, weights)
         summary[f"{name}_interval"] = bootstrap(values, queries, weights)
-    return {**summary, **shares(verdicts)}
+    return {**summary, **shares([verdict for _, verdict in judged])}
 
 
 def shares(verdicts):
@@ -129,13 +127,10 @@ def best_of_k_curve(ratings, truth, permutations=100, seed=0):
     for scores, values in zip(np.asarray(ratings, float), np.asarray(truth, float)):
         orders = rng.permuted(np.tile(np.arange(len(scores)), (permutations, 1)), axis=1)
         shown, gained = scores[orders], values[orders]  # [permutations, K]
-        best = np.maximum.accumulate(shown, axis=1)
-        fresh = np.concatenate([np.full((permutations, 1), -np.inf), best[:, :-1]], 1) < shown
-        leader = np.maximum.accumulate(np.where(fresh, np.arange(len(scores)), 0), axis=1)
+        leader = np.stack([shown[:, : k + 1].argmax(1) for k in range(len(scores))], 1)
         taken = np.take_along_axis(gained, leader, 1)
         curves.append((taken.mean(0), np.maximum.accumulate(gained, axis=1).mean(0)))
-    curve, oracle = np.mean(curves, axis=0)
-    return curve, oracle
+    return tuple(np.mean(curves, axis=0))
 
 
 def best_of_k_scores(ratings, truth, permutations=100, seed=0):

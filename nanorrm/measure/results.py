@@ -25,13 +25,9 @@ from nanorrm.rank.bestof import choose
 from nanorrm.runs import surroundings
 
 COLUMNS = {  # of the table over pairs: heading -> metric
-    "voted": "voted",
-    "consistent": "consistency",
-    "slot 1": "first_slot",
-    "unreadable": "unreadable",
-    "truncated": "truncated",
-    "think": "think_tokens_per_pair",
-}
+    "voted": "voted", "consistent": "consistency", "slot 1": "first_slot",
+    "unreadable": "unreadable", "truncated": "truncated", "think": "think_tokens_per_pair",
+}  # fmt: skip
 
 
 class Recorder:
@@ -60,11 +56,9 @@ def percent(share, interval=None):
 
 def table(rows):
     """Lines of the table of rows {name: numbers}, over pairs or over queries."""
-    width, first = max(map(len, rows)), next(iter(rows.values()))
-    over_pairs = "pairs" in first
-    unit, columns = (
-        ("pairs", COLUMNS) if over_pairs else ("queries", {"matches per query": "matches"})
-    )
+    width = max(map(len, rows))
+    unit = "pairs" if "pairs" in next(iter(rows.values())) else "queries"
+    columns = COLUMNS if unit == "pairs" else {"matches per query": "matches"}
     heads = {f"{head:>6s}": metric for head, metric in columns.items()}
     yield f"{'':{width}}  {unit}  {'accuracy [95%]':24s}  {'  '.join(heads)}"
     for name, row in rows.items():
@@ -183,34 +177,28 @@ def output_folder(command, out):
     return folder
 
 
-def write(folder, command, settings, numbers, records, draw=None):
+def write(folder, command, settings, numbers, records, draw):
     """results.json (numbers, settings, versions), records.jsonl, plot.png, and report.html.
 
     draw: a function that draws on a matplotlib figure. results.json comes last, so that a folder
     that has one is whole.
     """
+    from matplotlib.figure import Figure  # the slowest import of all
+
+    canvas = Figure(figsize=(8, 5), layout="constrained")
+    draw(canvas)
     try:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         # a server can send half a character, which no UTF-8 file holds
         lines = re.sub("[\ud800-\udfff]", lambda m: rf"\u{ord(m[0]):04x}", lines)
         write_text(folder / "records.jsonl", lines)
-        if draw is not None:
-            figure(folder / "plot.png", draw)
+        canvas.savefig(folder / "plot.png", dpi=120)
         about = {"command": command, "settings": asdict(settings), **numbers}
         about["versions"] = surroundings()
         write_text(folder / "results.json", json.dumps(about, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{folder}: can't write there ({error.strerror})") from None
     write_report(folder)
-
-
-def figure(path, draw):
-    """Save what draw(figure) draws as a PNG."""
-    from matplotlib.figure import Figure
-
-    canvas = Figure(figsize=(8, 5), layout="constrained")
-    draw(canvas)
-    canvas.savefig(path, dpi=120)
 
 
 def bars(rows, canvas):
