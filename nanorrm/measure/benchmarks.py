@@ -93,13 +93,14 @@ def rows_of(name, path, columns=""):
     return renamed
 
 
-def labelled(where, row, query, a, b, **more):
+def labelled(where, row, query, a, b, section, **more):
     """The Pair in the columns of these names, and in `label`."""
     label = as_label(row["label"], f"{where}: label")
     if label is None:
         raise UserError(f"{where}: label is {row['label']!r}, should be 1 or 2")
     texts = (as_text(row[name], f"{where}: {name}") for name in (a, b))
-    return Pair(as_query(row[query], f"{where}: {query}"), *texts, label, **more)
+    query = as_query(row[query], f"{where}: {query}")
+    return Pair(query, *texts, label, **more, meta={"section": section})
 
 
 def preference(where, query, *responses, **more):
@@ -154,10 +155,10 @@ def rewardbench(where, row, number):
 def judgebench(where, row, number):
     """JudgeBench: labels A>B and B>A."""
     source = as_text(row["source"], f"{where}: source")
-    section = [name for start, name in JUDGEBENCH.items() if source.startswith(start)]
+    start = next((start for start in JUDGEBENCH if source.startswith(start)), None)
+    section = JUDGEBENCH.get(start, "other")
     about = {"id": str(row["pair_id"]), "source": source}
-    about["meta"] = {"section": section[0] if section else "other"}
-    yield labelled(where, row, "question", "response_A", "response_B", **about)
+    yield labelled(where, row, "question", "response_A", "response_B", section, **about)
 
 
 def rmbench(where, row, number):
@@ -181,8 +182,7 @@ def llmbar(where, row, number):
     """LLMBar: two outputs and the better one's number."""
     subset = str(row["subset"])
     about = {"id": str(row.get("id", number)), "source": subset}
-    about["meta"] = {"section": subset.split("/")[0]}
-    yield labelled(where, row, "input", "output_1", "output_2", **about)
+    yield labelled(where, row, "input", "output_1", "output_2", subset.split("/")[0], **about)
 
 
 def pandalm(where, row, number):
@@ -292,17 +292,14 @@ PAIRS = {  # benchmark -> (pairs of a row, rows of the table)
 def pairs_of(name, path, columns=""):
     """A benchmark's file -> Benchmark."""
     read, weigh = PAIRS[name]
-    pairs, left_out = [], Counter()
-    for number, (where, row) in enumerate(rows_of(name, path, columns), 1):
-        for made in read(where, row, number):
-            if isinstance(made, str):
-                left_out[made] += 1
-            else:
-                pairs.append(made)
+    rows = enumerate(rows_of(name, path, columns), 1)
+    found = [one for number, row in rows for one in read(*row, number)]
+    pairs = [one for one in found if isinstance(one, Pair)]
+    left_out = dict(Counter(one for one in found if isinstance(one, str)))
     if not pairs:
-        raise UserError(f"{name}: no pairs to judge in the file ({dict(left_out) or 'empty'})")
+        raise UserError(f"{name}: no pairs to judge in the file ({left_out or 'empty'})")
     rows, note = weigh(pairs) if weigh else ({}, "")
-    return Benchmark(pairs, rows, dict(left_out), note)
+    return Benchmark(pairs, rows, left_out, note)
 
 
 def scores(name, benchmark, verdicts):

@@ -50,14 +50,13 @@ def write_report(folder, max_bytes=MAX_BYTES):
         shown.append(line)
         counts.update(page["filters"])
     summary = [*about(results), *table(results), *thinking(records), *figure(folder / "plot.png")]
-    if len(shown) < len(records):
-        left, limit = len(records) - len(shown), f"{max_bytes / 2**20:.3g} MiB"
-        summary.insert(
-            0,
-            f'<p class="note">The first {len(shown):,} of {len(records):,} records are shown; '
-            f"{left:,} are left out, because this page holds at most {limit} of them. All are in "
-            "records.jsonl, and the numbers here are over all.</p>",
+    if left := len(records) - len(shown):
+        note = (
+            f"The first {len(shown):,} of {len(records):,} records are shown; {left:,} are left "
+            f"out, because this page holds at most {max_bytes / 2**20:.3g} MiB of them. All are in "
+            "records.jsonl, and the numbers here are over all."
         )
+        summary.insert(0, f'<p class="note">{note}</p>')
     return fill_page(
         folder / "report.html",
         title=text(f"{results.get('command') or folder.name} — nanorrm"),
@@ -124,23 +123,23 @@ def section_of(record):
 
 def of_pair(record):
     """`page` of a pair: outcome, filters that it passes, words on its votes, remarks on a and b."""
-    votes, winner, label = (record[name] for name in ("votes", "winner", "label"))
+    votes = record["votes"]
     said = Verdict([vote["vote"] for vote in votes], [vote["swapped"] for vote in votes])
     given, swapped = said.by_order()
     read, disagree = len(votes) - said.invalid, given and swapped and given != swapped
-    words = [f"{said.p_first:.0%} of {plural(read, 'readable vote')} for a"] if read else []
-    words += [f"{said.invalid} unreadable"] * bool(said.invalid)
-    words += ["the orders disagree"] * bool(disagree)
     outcome = {"invalid": "unreadable", None: "judged"}.get(record["outcome"], record["outcome"])
-    flaws = ["inconsistent"] * bool(disagree) + ["unreadable"] * bool(said.invalid)
-    return {
-        **headline(outcome, section_of(record), words, flaws),
-        "remarks": [
-            [["judge’s choice", ""]] * (winner == side)
-            + [["better by the label", "right"]] * (label == side)
-            for side in (1, 2)
-        ],
-    }
+    words = [f"{said.p_first:.0%} of {plural(read, 'readable vote')} for a"] if read else []
+    flaws, remarks = [], {1: [], 2: [], None: []}
+    if said.invalid:
+        words.append(f"{said.invalid} unreadable")
+        flaws.append("unreadable")
+    if disagree:
+        words.append("the orders disagree")
+        flaws.append("inconsistent")
+    remarks[record["winner"]].append(["judge’s choice", ""])
+    remarks[record["label"]].append(["better by the label", "right"])
+    page = headline(outcome, section_of(record), words, flaws)
+    return {**page, "remarks": [remarks[1], remarks[2]]}
 
 
 def of_ranking(record):
@@ -168,7 +167,7 @@ def of_ranking(record):
 
 def headline(outcome, kind, words, flaws):
     """What the list and the heading say of any record."""
-    filters = list(dict.fromkeys(["all", outcome, *flaws]))
+    filters = list(dict.fromkeys(["all", outcome, *flaws]))  # once each
     about = {"badge": f"{MARKS[outcome]} {outcome}", "kind": kind, "words": ", ".join(words)}
     return {"outcome": outcome, "filters": filters, **about}
 
@@ -290,14 +289,10 @@ def about(results):
         said.append(f"{results['seconds']:,.1f} s")
     said += [str(versions[key]) for key in ("device", "started") if versions.get(key)]
     yield f"<p>{' · '.join(map(text, said))}</p>"
-    listed = {**settings, **versions}
-    if listed:
-        said = {key: json.dumps(value, ensure_ascii=False) for key, value in listed.items()}
-        lines = "".join(
-            f"<dt>{text(key)}</dt><dd><code>{text(value)}</code></dd>"
-            for key, value in said.items()
-        )
-        yield f"<details><summary>Settings</summary><dl>{lines}</dl></details>"
+    if listed := {**settings, **versions}:
+        said = ((key, json.dumps(value, ensure_ascii=False)) for key, value in listed.items())
+        lines = (f"<dt>{text(k)}</dt><dd><code>{text(value)}</code></dd>" for k, value in said)
+        yield f"<details><summary>Settings</summary><dl>{''.join(lines)}</dl></details>"
 
 
 def figure(path):

@@ -285,16 +285,16 @@ def compare(first, second):
     rows = {}
     for name, members in {**groups, "all": set(sources)}.items():
         keys = [key for key in shared if one[key][3] in members]
-        a, b = [one[key] for key in keys], [other[key] for key in keys]
-        queries = [query for _, _, query, _ in a]
-        gained = [y[0] - x[0] for x, y in zip(a, b)]
+        sides = ([side[key] for key in keys] for side in (one, other))
+        (a, a_right, queries, _), (b, b_right, *_) = (zip(*side) for side in sides)
+        gained = [y - x for x, y in zip(a, b)]
         rows[name] = {
             "pairs": len(keys),
-            "first": statistics.mean([x[0] for x in a]),
-            "second": statistics.mean([y[0] for y in b]),
+            "first": statistics.mean(a),
+            "second": statistics.mean(b),
             "difference": statistics.mean(gained),
             "difference_interval": statistics.bootstrap(gained, queries, lowest=-1),
-            "mcnemar": statistics.mcnemar([x[1] for x in a], [y[1] for y in b]),
+            "mcnemar": statistics.mcnemar(a_right, b_right),
             "sign_flip": statistics.sign_flip(gained, queries),
         }
     left = {"only in the first": len(one) - len(shared)}
