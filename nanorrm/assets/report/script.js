@@ -1,6 +1,7 @@
 "use strict";
-// The reader of report.html: lists, searches and shows the records. What they say (outcome, filters,
-// remarks, tables) report.py has put into `page`. Text of models enters as text nodes, never as markup.
+// The reader of report.html: it lists, searches and shows the records. What is counted over them
+// (outcomes, filters, remarks, tables) report.py has put into `page` of each. Text of models enters
+// as text nodes only, never as markup.
 
 const $ = (id) => document.getElementById(id);
 const records = JSON.parse($("records").textContent);
@@ -67,13 +68,15 @@ function row(place) {
   return el(
     "div",
     {
-      class: "row", role: "option", id: `row-${shown[place]}`, "aria-selected": String(place === at),
-      "aria-posinset": place + 1, "aria-setsize": shown.length, style: `top: ${place * ROW}px`,
+      class: "row", role: "option", id: `row-${shown[place]}`,
+      "aria-selected": String(place === at), "aria-posinset": place + 1,
+      "aria-setsize": shown.length, style: `top: ${place * ROW}px`,
       onclick: () => show(place),
     },
     el(
       "div", { class: "top" }, span(`tag ${outcome}`, badge),
-      filters.includes("inconsistent") && el("span", flip, "⇄"), span("", `${record.id} · ${kind}`),
+      filters.includes("inconsistent") && el("span", flip, "⇄"),
+      span("", `${record.id} · ${kind}`),
     ),
     el("div", { dir: "auto" }, start.replace(/\s+/g, " ") || "(no query)"),
   );
@@ -84,8 +87,9 @@ function apply() {
   const section = $("section")?.selectedIndex;
   const plain = $("search").value.trim().replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
   needle = plain ? new RegExp(plain, "gi") : null;
-  const passes = ({ page }) => page.filters.includes(filter) && (!section || page.section === section);
-  const fits = (record) => passes(record) && (!needle || texts(record).some(found));
+  const fits = (record) =>
+    record.page.filters.includes(filter) && (!section || record.page.section === section) &&
+    (!needle || texts(record).some(found));
   shown = [...records.keys()].filter((i) => fits(records[i]));
   for (const button of $("filters").children) {
     button.setAttribute("aria-pressed", String(button.dataset.name === filter));
@@ -106,7 +110,8 @@ function show(place) {
   list.scrollTop = Math.max(low, Math.min(list.scrollTop, at * ROW));
   drawRows();
   const record = records[shown[at]];
-  detail.replaceChildren(...heading(record), ...(record.votes ? pair : ranking)(record), ...meta(record));
+  const body = record.votes ? pair(record) : ranking(record);
+  detail.replaceChildren(...heading(record), ...body, ...meta(record));
   detail.scrollTop = 0;
   clearTimeout(linking); // browsers refuse hundreds of these in a row, as from a key held down
   const link = `#${shown[at] + 1}`;
@@ -141,10 +146,11 @@ function response(name, text, remarks, chosen) {
 function voteBox({ vote, swapped, thought, tokens, finish_reason: reason }, number, names, open) {
   const says = vote === null ? ["unreadable", "can’t be read"] : ["", `says ${names[vote - 1]}`];
   const facts = [`vote ${number}`, `shown ${(swapped ? [...names].reverse() : names).join(", ")}`];
-  facts.push(`${tokens} token${tokens === 1 ? "" : "s"}`, reason === "length" && "ran into the token limit");
+  facts.push(`${tokens} token${tokens === 1 ? "" : "s"}`);
+  if (reason === "length") facts.push("ran into the token limit");
   return el(
     "details", { class: "box vote", open: open || found(thought) },
-    el("summary", {}, span(`tag ${says[0]}`, says[1]), facts.filter(Boolean).map((f) => span("soft", f))),
+    el("summary", {}, span(`tag ${says[0]}`, says[1]), facts.map((fact) => span("soft", fact))),
     thought ? textBox(thought) : textBox("no thinking", "soft"),
   );
 }
@@ -191,7 +197,9 @@ function onKey(event) {
   const moves = { j: 1, k: -1 };
   const free = target === document.body || target === list; // elsewhere arrows scroll
   if (free) Object.assign(moves, { ArrowDown: 1, ArrowUp: -1 });
-  if (target === list) Object.assign(moves, { PageDown: page, PageUp: -page, Home: -1e9, End: 1e9 });
+  if (target === list) {
+    Object.assign(moves, { PageDown: page, PageUp: -page, Home: -1e9, End: 1e9 });
+  }
   if (key in moves && shown.length) show(at + moves[key]);
   else if (key === "/") search.select();
   else return;

@@ -49,7 +49,8 @@ function branch(record, [round, place, ...before], pick) {
   const line = (i) => {
     const good = record.page.good?.[i];
     const sign = good !== undefined && span(good ? "right" : "wrong", good ? "✓" : "✗");
-    return el("div", { class: i === winner ? "won" : "soft" }, name(i), i === winner && " wins", sign);
+    const words = name(i) + (i === winner ? " wins" : "");
+    return el("div", { class: i === winner ? "won" : "soft" }, words, sign);
   };
   const says = `round ${round + 1}: ${name(a)} against ${name(b)}, ${name(winner)} wins`;
   const choose = ({ currentTarget }) => {
