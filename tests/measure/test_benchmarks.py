@@ -11,8 +11,7 @@ from sklearn.metrics import precision_recall_fscore_support
 
 from nanorrm.config import UserError
 from nanorrm.measure import benchmarks, metrics, results
-from nanorrm.measure.benchmark_rankings import rankings_of
-from nanorrm.measure.benchmarks import pairs_of
+from nanorrm.measure.benchmarks import pairs_of, rankings_of
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from nanorrm.config import UserError
 from nanorrm.data.sources import ToySource
 from nanorrm.judge.verdict import Verdict
 from nanorrm.measure import results, scaling
-from nanorrm.measure.benchmark_rankings import rankings_of, rewardbench2
+from nanorrm.measure.benchmarks import rankings_of, rewardbench2
 from nanorrm.rank import bestof
 from nanorrm.rank.referee import Referee
 from nanorrm.records import Pair, Ranking
