@@ -9,11 +9,12 @@ judge rates by a tournament. Section sizes and formulas: the benchmarks' papers 
 import random
 from collections import Counter
 from dataclasses import dataclass, field
-from math import inf, tanh
+from math import tanh
 
 from nanorrm.config import UserError
 from nanorrm.data import formats
 from nanorrm.data.formats import as_label, as_query, as_text, parse_columns, propose, read_rows
+from nanorrm.data.read import LARGEST
 from nanorrm.measure import metrics, statistics
 from nanorrm.records import Pair, Ranking, shuffled
 
@@ -204,7 +205,7 @@ def ppe_responses(where, row):
         responses.append(as_text(row[name], f"{where}: {name}"))
     scores = row["scores"]
     good = isinstance(scores, list) and len(scores) == len(responses)
-    if not good or not all(isinstance(x, bool | int | float) and abs(x) < inf for x in scores):
+    if not good or not all(isinstance(x, bool | int | float) and abs(x) <= LARGEST for x in scores):
         raise UserError(f"{where}: scores should be {len(responses)} numbers, one per response")
     return responses, [float(score) for score in scores]
 

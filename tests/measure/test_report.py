@@ -223,7 +223,11 @@ def test_beyond_the_cap_records_are_left_out_and_counted(write):
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("{", "line 2: not JSON"), ('{"kind": "x"}', "line 2: neither"), ("[1]", "line 2: neither")],
+    [
+        ("{", "line 2: not JSON"),
+        ('{"kind": "x"}', "line 2: neither"),
+        ("[1]", "line 2: should be an object, not list"),
+    ],
 )
 def test_a_broken_line_is_named_and_no_page_written(write, tmp_path, line, words):
     write([pair(1)])
