@@ -79,7 +79,7 @@ def dkdv_kernel(
     dv_acc = tl.zeros([BN, BD], tl.float32)
 
     # Rows first .. length: DIAGONAL masked tiles, `full` tiles that see all keys, and a last one.
-    # One loop over (head, tile) each, so that loads run ahead across heads too.
+    # One loop over (head, tile) each, full ones first, so that loads run ahead across heads too.
     DIAGONAL: tl.constexpr = (BN + BM - 1) // BM
     below = tl.maximum(length - first - DIAGONAL * BM, 0)
     full = below // BM
