@@ -4,12 +4,16 @@
 PYTHON ?= python3
 VENV := .venv/bin/python
 
-.PHONY: train test results
+.PHONY: train test gpu results
 train: .venv/ready
 	$(VENV) train.py judge
 
 test: .venv/ready-dev
 	$(VENV) -m pytest
+
+# What there is to run on a GPU, 25 minutes; its header names the settings: PYTHON, OUT, LIMIT_*.
+gpu:
+	nanorrm/bench/gpu.sh
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -21,9 +21,16 @@ from nanorrm.data.toy import TERMS
 from nanorrm.judge.open import open_judge
 from nanorrm.measure import benchmarks, metrics, results
 from nanorrm.measure import scaling as scales
-from nanorrm.measure.benchmark_rankings import rankings_of, rewardbench2
-from nanorrm.measure.benchmarks import Benchmark
+from nanorrm.measure.benchmarks import Benchmark, pairs_of, rankings_of, rewardbench2
 from nanorrm.rank import bestof
+
+LEAST = {"pairs": 1, "longer": 0, "limit": 0, "opponents": 0, "queries": 1, "size": 2}
+CHOICES = {
+    "version": ("1", "2"),
+    "task": ("pairs", "best_of_k"),
+    "strategy": bestof.STRATEGIES,
+    "strategies": bestof.STRATEGIES,
+}
 
 
 @dataclass
@@ -35,6 +42,13 @@ class Evaluation(JudgeSettings):
 
     def __post_init__(self):
         super().__post_init__()
+        for name, least in LEAST.items():
+            if hasattr(self, name):
+                at_least(self, least, name)
+        for name, known in CHOICES.items():
+            value = vars(self).get(name, [])
+            for one in value if isinstance(value, list) else [value]:
+                one_of(name, str(one), known)
         if self.json and not Path(self.json).parent.is_dir():
             raise UserError(f"{self.json}: no such folder")
 
@@ -46,11 +60,6 @@ class ToyEvaluation(Evaluation):
     pairs: int = 200  # pairs per chain length
     longer: int = 2  # chain lengths beyond those trained on
 
-    def __post_init__(self):
-        super().__post_init__()
-        at_least(self, 1, "pairs")
-        at_least(self, 0, "longer")
-
 
 @dataclass
 class FileEvaluation(Evaluation):
@@ -60,14 +69,10 @@ class FileEvaluation(Evaluation):
     columns: str = ""  # what the file calls them: wanted=given,wanted=given
     limit: int = 0  # judge only the first pairs; 0: all
 
-    def __post_init__(self):
-        super().__post_init__()
-        at_least(self, 0, "limit")
 
-
-@dataclass
-class PairsEvaluation(FileEvaluation):
-    """Any file of labelled pairs, by source."""
+def of_file(about):
+    """FileEvaluation under a help text of its own, for a command that has no further settings."""
+    return type("FileEvaluation", (FileEvaluation,), {"__doc__": about})
 
 
 @dataclass
@@ -75,15 +80,6 @@ class RewardBench(FileEvaluation):
     """RewardBench: sections and their mean; version 2: four or more responses a query."""
 
     version: int = 1  # 1 or 2
-
-    def __post_init__(self):
-        super().__post_init__()
-        one_of("version", str(self.version), ("1", "2"))
-
-
-@dataclass
-class PandaLM(FileEvaluation):
-    """PandaLM's test set against the majority of its three annotators."""
 
 
 @dataclass
@@ -94,27 +90,6 @@ class PPE(FileEvaluation):
     strategy: str = "knockout"  # for best_of_k: knockout, elo, round_robin or bradley_terry
     opponents: int = 0  # for elo: random opponents that each response meets; 0: all others
 
-    def __post_init__(self):
-        super().__post_init__()
-        one_of("task", self.task, ("pairs", "best_of_k"))
-        one_of("strategy", self.strategy, bestof.STRATEGIES)
-        at_least(self, 0, "opponents")
-
-
-@dataclass
-class JudgeBench(FileEvaluation):
-    """JudgeBench: knowledge, reasoning, math and coding."""
-
-
-@dataclass
-class RMBench(FileEvaluation):
-    """RM-Bench: right and wrong answers in three styles each, nine pairs a row."""
-
-
-@dataclass
-class LLMBar(FileEvaluation):
-    """LLMBar: natural pairs, and pairs where the worse response looks better."""
-
 
 @dataclass
 class BestOfN(FileEvaluation):
@@ -122,12 +97,6 @@ class BestOfN(FileEvaluation):
 
     strategies: list[str] = field(default_factory=lambda: list(bestof.STRATEGIES[:3]))  # to compare
     opponents: int = 4  # for elo: random opponents that each response meets; 0: all others
-
-    def __post_init__(self):
-        super().__post_init__()
-        for strategy in self.strategies:
-            one_of("strategies", strategy, bestof.STRATEGIES)
-        at_least(self, 0, "opponents")
 
 
 @dataclass
@@ -146,10 +115,11 @@ class Scaling(FileEvaluation):
         given, self.temperature = self.temperature, self.temperature or 0.0
         super().__post_init__()
         self.temperature = given  # None is settled when all settings are known
-        at_least(self, 1, "pairs", "queries")
-        at_least(self, 2, "size")
         if any(budget < 0 for budget in self.budgets):
             raise UserError(f"budgets = {self.budgets} should be at least 0")
+
+
+# -- commands
 
 
 def toy(cfg):
@@ -164,103 +134,106 @@ def toy(cfg):
     judge_pairs(cfg, "toy", Benchmark(pairs, rows))
 
 
-def scaling(cfg):
-    """Curves over votes, thinking tokens and comparisons, on the embedded world or given files."""
-    source, own = ToySource(cfg.seed), not (cfg.data or cfg.rankings)
-    if cfg.temperature is None:
-        cfg = replace(cfg, temperature=1.5 if own else 0.6)
-    pairs = labelled(cfg).pairs if cfg.data else []
-    rankings = with_truth(read_rankings(cfg.rankings), cfg.rankings) if cfg.rankings else []
-    if own:
-        pairs = source.held_out(cfg.pairs * len(TERMS), TERMS)
-        rankings = source.rankings(cfg.queries * len(TERMS), cfg.size)
-    folder, judge = begin("scaling", cfg)
-    panels, how = {}, {"both_orders": cfg.both_orders, "progress": "judging"}
-    asked = {**how, "max_think_tokens": cfg.max_think_tokens}
-    if pairs:
-        verdicts = judge.compare(pairs, cfg.votes, **asked)
-        panels["votes"] = scales.over_votes(pairs, verdicts, cfg.seed)
-        if not cfg.endpoint:  # a server closes no thinking
-            budgets = cfg.budgets or scales.doubling(verdicts)
-            panels["thinking tokens"] = scales.over_budgets(judge, pairs, budgets, cfg.seed, **how)
-    if rankings:
-        panels["generations per query"] = scales.over_strategies(judge, rankings, cfg.seed, **asked)
-    for title, panel in panels.items():
-        print("\n".join(scales.grid(title, panel["curves"])), end="\n\n")
-    total = metrics.shares([verdict for _, verdict in judge.asked])
-    numbers = {"curves": {title: panel["curves"] for title, panel in panels.items()}, "all": total}
-    numbers["rows"] = scales.rows(panels)
-    records = [results.pair_record(*one) for one in judge.asked]
-    finish(cfg, folder, "scaling", judge, numbers, results.curves(panels), records)
-
-
 def pairs(cfg):
     """Accuracy on a file, in all and by source; every pair is accounted for."""
-    judge_pairs(cfg, "pairs", labelled(cfg))
+    judge_pairs(cfg, "pairs", with_label(cfg))
+
+
+def benchmark(name, cfg):
+    """Accuracy on a public benchmark of pairs."""
+    judge_pairs(cfg, name, pairs_of(name, cfg.data, cfg.columns).first(cfg.limit))
 
 
 def rewardbench(cfg):
     """RewardBench v1 as pairs; v2 by Bradley-Terry ratings over all pairs of each query."""
     if cfg.version == 1:
-        return benchmark("rewardbench")(cfg)
-    rankings = rankings_for("rewardbench 2", cfg)
-    folder, judge = begin("rewardbench", cfg)
-    ranked, play = ranks(cfg, judge, rankings, "bradley_terry")
-    values, queries, weights = rewardbench2(rankings, [r.ratings for r in ranked])
-    rows = {name: results.over_queries(values, queries, play, w) for name, w in weights.items()}
-    print("\n".join(results.ranking_table(rows)))
-    if None in values:
-        print(f"\n{values.count(None)} rows of Ties lack their other half: judged, not scored")
-    close(cfg, folder, "rewardbench", judge, {"rows": rows}, rankings, {"": (ranked, play)})
+        return benchmark("rewardbench", cfg)
+    rankings = rankings_of("rewardbench 2", cfg.data, cfg.columns)
+
+    def score(rankings, played):
+        ((ranked, play),) = played.values()
+        values, queries, weights = rewardbench2(rankings, [r.ratings for r in ranked])
+        rows = {name: results.over_queries(values, queries, play, w) for name, w in weights.items()}
+        lost = f"{values.count(None)} rows of Ties lack their other half: judged, not scored"
+        return {"rows": rows}, lost if None in values else ""
+
+    judge_rankings(cfg, "rewardbench", rankings, {"": "bradley_terry"}, score)
 
 
 def ppe(cfg):
     """PPE's pairs, or its best-of-K curve and the numbers it reports."""
     if cfg.task == "pairs":
-        return benchmark("ppe")(cfg)
-    rankings = rankings_for("ppe", cfg)
-    if len(sizes := {len(ranking.responses) for ranking in rankings}) > 1:
+        return benchmark("ppe", cfg)
+    rankings = rankings_of("ppe", cfg.data, cfg.columns)
+    if len(sizes := {len(ranking.responses) for ranking in rankings[: cfg.limit or None]}) > 1:
         raise UserError(f"{cfg.data}: rows have {min(sizes)} to {max(sizes)} responses, not all K")
-    folder, judge = begin("ppe", cfg)
-    ranked, play = ranks(cfg, judge, rankings, cfg.strategy, cfg.opponents)
-    played = {cfg.strategy: (ranked, play)}
-    rows = results.chosen(rankings, played)
-    print("\n".join(results.ranking_table(rows)))
-    truth, ratings = [r.truth for r in rankings], [r.ratings for r in ranked]
-    scores = metrics.best_of_k_scores(ratings, truth, seed=cfg.seed)
-    curves = {name: list(enumerate(scores.pop(name), 1)) for name in ("curve", "oracle")}
-    print("\n" + ", ".join(f"{k} {'-' if x is None else f'{x:.4f}'}" for k, x in scores.items()))
-    panel = {"x": "k", "curves": {"judge": curves["curve"], "oracle": curves["oracle"]}}
-    numbers = {"rows": rows, "scores": scores, "curves": {"best of k": panel["curves"]}}
-    close(cfg, folder, "ppe", judge, numbers, rankings, played, {"best of k": panel})
+
+    def score(rankings, played):
+        ratings = [one.ratings for one in played[cfg.strategy][0]]
+        scores = metrics.best_of_k_scores(ratings, [r.truth for r in rankings], seed=cfg.seed)
+        curves = {k: list(enumerate(scores.pop(k), 1)) for k in ("curve", "oracle")}
+        curves = {"best of k": {"judge": curves["curve"], "oracle": curves["oracle"]}}
+        said = ", ".join(f"{k} {'-' if x is None else f'{x:.4f}'}" for k, x in scores.items())
+        rows = results.chosen(rankings, played)
+        return {"rows": rows, "scores": scores, "curves": curves}, said
+
+    judge_rankings(cfg, "ppe", rankings, {cfg.strategy: cfg.strategy}, score)
 
 
 def bon(cfg):
     """What each strategy chooses among the responses of a file, and at what cost."""
     if cfg.data is None:
         raise UserError("give --data FILE: jsonl with query, responses and truth")
-    rankings = with_truth(read_rankings(cfg.data, cfg.columns), cfg.data)
-    rankings = first(rankings, cfg.limit)
-    folder, judge = begin("bon", cfg)
-    played = {name: ranks(cfg, judge, rankings, name, cfg.opponents) for name in cfg.strategies}
-    rows = results.chosen(rankings, played)
-    print("\n".join(results.ranking_table(rows)))
-    close(cfg, folder, "bon", judge, {"rows": rows}, rankings, played)
+    rankings = with_truth(cfg.data, cfg.columns)
+    judge_rankings(cfg, "bon", rankings, {name: name for name in cfg.strategies})
 
 
-def benchmark(name):
-    """The command of a public benchmark of pairs."""
+def scaling(cfg):
+    """Curves over votes, thinking tokens and comparisons, on the embedded world or given files."""
+    source, own = ToySource(cfg.seed), not (cfg.data or cfg.rankings)
+    if cfg.temperature is None:
+        cfg = replace(cfg, temperature=1.5 if own else 0.6)
+    pairs = with_label(cfg).pairs if cfg.data else []
+    rankings = with_truth(cfg.rankings) if cfg.rankings else []
+    if own:
+        pairs = source.held_out(cfg.pairs * len(TERMS), TERMS)
+        rankings = source.rankings(cfg.queries * len(TERMS), cfg.size)
+    how = {"both_orders": cfg.both_orders, "progress": "judging"}
+    asked = {**how, "max_think_tokens": cfg.max_think_tokens}
 
-    def command(cfg):
-        if cfg.data is None:
-            raise UserError(f"give --data FILE: {benchmarks.wanted(name)}")
-        found = benchmarks.pairs_of(name, cfg.data, cfg.columns)
-        judge_pairs(cfg, name, found.first(cfg.limit))
+    def ask(judge):
+        panels = {}
+        if pairs:
+            verdicts = judge.compare(pairs, cfg.votes, **asked)
+            panels["votes"] = scales.over_votes(pairs, verdicts, cfg.seed)
+            if not cfg.endpoint:  # a server closes no thinking
+                budgets = cfg.budgets or scales.doubling(verdicts)
+                thinking = scales.over_budgets(judge, pairs, budgets, cfg.seed, **how)
+                panels["thinking tokens"] = thinking
+        if rankings:
+            spent = scales.over_strategies(judge, rankings, cfg.seed, **asked)
+            panels["generations per query"] = spent
+        curves = {title: panel["curves"] for title, panel in panels.items()}
+        lines = [line for one in curves.items() for line in (*scales.grid(*one), "")]
+        total = metrics.shares([verdict for _, verdict in judge.asked])
+        numbers = {"curves": curves, "all": total, "rows": scales.rows(panels)}
+        records = [results.pair_record(*one) for one in judge.asked]
+        return lines, numbers, records, partial(results.curves, panels)
 
-    return command
+    evaluate(cfg, "scaling", ask)
 
 
-def labelled(cfg):
+def compare(arguments):
+    """`--compare A B`: two evaluations of the same pairs, with the chance of such a difference."""
+    if len(arguments) != 2:
+        raise UserError("--compare needs two evaluations: folders, or their results.json")
+    print("\n".join(results.comparison(*results.compare(*arguments))))
+
+
+# -- what is judged
+
+
+def with_label(cfg):
     """The Benchmark of --data's labelled pairs, by source."""
     if cfg.data is None:
         raise UserError("give --data FILE")
@@ -275,80 +248,83 @@ def labelled(cfg):
     return Benchmark(labelled, rows, left_out).first(cfg.limit)
 
 
-def rankings_for(name, cfg):
-    """The rankings of a benchmark's file."""
-    if cfg.data is None:
-        raise UserError(f"give --data FILE: {benchmarks.wanted(name)}")
-    return first(rankings_of(name, cfg.data, cfg.columns), cfg.limit)
-
-
-def first(rankings, limit):
-    """The first rankings of a file, with a line that says how many are left out; 0: all."""
-    if 0 < limit < len(rankings):
-        print(f"{limit} judged + {len(rankings) - limit} beyond --limit = {len(rankings)} queries")
-    return rankings[: limit or None]
-
-
-def with_truth(rankings, path):
-    """The rankings, or a UserError if any has no truth."""
+def with_truth(path, columns=""):
+    """The rankings of a file, or a UserError if any has no truth."""
+    rankings = read_rankings(path, columns)
     if unknown := sum(ranking.truth is None for ranking in rankings):
         raise UserError(f"{path}: {unknown} of {len(rankings)} queries have no truth")
     return rankings
 
 
-def begin(command, cfg):
-    """The folder an evaluation will write to and the judge it asks."""
-    judge = open_judge(cfg)  # first: where there is none, no folder is left behind
-    return results.output_folder(command, cfg.out), results.Recorder(judge)
-
-
-def ranks(cfg, judge, rankings, strategy, opponents=0):
-    """Let the judge rank every query's responses -> (list of Ranked, the play with its counts)."""
-    how = {"votes": cfg.votes, "both_orders": cfg.both_orders, "progress": strategy}
-    how["max_think_tokens"] = cfg.max_think_tokens
-    return bestof.rank(judge, rankings, strategy, opponents, cfg.seed, **how)
-
-
-def close(cfg, folder, command, judge, numbers, rankings, played, panels=None):
-    """Say what the matches of strategies {name: (ranked, play)} cost; write the folder."""
-    counts = sum((play.counts for _, play in played.values()), Counter())
-    total = metrics.shares([verdict for _, verdict in judge.asked])
-    print("\n" + "\n".join(results.cost(total, counts, judge.seconds)))
-    print("\n".join(results.flags(total, cfg.both_orders)))
-    records = [
-        results.ranking_record(*one, partial(play.verdict, i), strategy)
-        for strategy, (ranked, play) in played.items()
-        for i, one in enumerate(zip(rankings, ranked))
-    ]
-    numbers = {**numbers, "all": total, "matches": dict(counts)}
-    draw = results.curves(panels) if panels else results.bars(numbers["rows"])
-    finish(cfg, folder, command, judge, numbers, draw, records)
+# -- open, judge, print, write
 
 
 def judge_pairs(cfg, command, benchmark):
-    """Judge a Benchmark's pairs; print its table; write its folder."""
-    folder, judge = begin(command, cfg)
-    pairs = benchmark.pairs
-    verdicts = judge.compare(
-        pairs, cfg.votes, cfg.both_orders, cfg.max_think_tokens, progress="judging"
-    )
-    rows = {
-        name: metrics.summarize(pairs, verdicts, weights)
-        for name, weights in benchmark.rows.items()
-    }
-    total = metrics.summarize(pairs, verdicts)
-    shown = rows if command == "toy" else {**rows, "all": total}
-    scores = benchmarks.scores(command, benchmark, verdicts)
-    print("\n".join(results.table(shown)))
-    print("\n" + "\n".join(results.account(total, benchmark, scores, judge.seconds)))
-    print("\n".join(results.flags(total, cfg.both_orders)))
-    numbers = {"rows": shown, "all": total, "scores": scores, "left_out": benchmark.left_out}
-    records = [results.pair_record(*one) for one in judge.asked]
-    finish(cfg, folder, command, judge, numbers, results.bars(shown), records)
+    """Judge a Benchmark's pairs."""
+
+    def ask(judge):
+        pairs, how = benchmark.pairs, (cfg.votes, cfg.both_orders, cfg.max_think_tokens)
+        verdicts = judge.compare(pairs, *how, progress="judging")
+        weighed = benchmark.rows.items()
+        rows = {name: metrics.summarize(pairs, verdicts, weights) for name, weights in weighed}
+        total = metrics.summarize(pairs, verdicts)
+        rows = rows if command == "toy" else {**rows, "all": total}
+        scores = benchmarks.scores(command, benchmark, verdicts)
+        account = results.account(total, benchmark, scores, judge.seconds)
+        lines = [*results.table(rows), "", *account, *results.flags(total, cfg.both_orders)]
+        numbers = {"rows": rows, "all": total, "scores": scores, "left_out": benchmark.left_out}
+        records = [results.pair_record(*one) for one in judge.asked]
+        return lines, numbers, records, partial(results.bars, rows)
+
+    evaluate(cfg, command, ask)
 
 
-def finish(cfg, folder, command, judge, numbers, draw, records):
-    """Write the folder of an evaluation, and its numbers to --json."""
+def judge_rankings(cfg, command, rankings, strategies, score=None):
+    """Rank each query's responses by each of strategies {name in the records: strategy}.
+
+    score(rankings, {name: (list of Ranked, play)}) -> the numbers, and a line about them or "";
+    default: how good the chosen responses are.
+    """
+    if 0 < cfg.limit < (n := len(rankings)):
+        print(f"{cfg.limit} judged + {n - cfg.limit} beyond --limit = {n} queries")
+        rankings = rankings[: cfg.limit]
+    how = {"votes": cfg.votes, "both_orders": cfg.both_orders}
+    how |= {"max_think_tokens": cfg.max_think_tokens, "opponents": getattr(cfg, "opponents", 0)}
+
+    def ask(judge):
+        played = {}
+        for name, kind in strategies.items():
+            played[name] = bestof.rank(judge, rankings, kind, seed=cfg.seed, progress=kind, **how)
+        chosen = {"rows": results.chosen(rankings, played)}, ""
+        numbers, line = score(rankings, played) if score else chosen
+        counts = sum((play.counts for _, play in played.values()), Counter())
+        total = metrics.shares([verdict for _, verdict in judge.asked])
+        lines = [*results.table(numbers["rows"]), *(["", line] if line else []), ""]
+        lines += results.cost(total, counts, judge.seconds)
+        lines += results.flags(total, cfg.both_orders)
+        records = [
+            results.ranking_record(*one, partial(play.verdict, i), name)
+            for name, (ranked, play) in played.items()
+            for i, one in enumerate(zip(rankings, ranked))
+        ]
+        draw = partial(results.bars, numbers["rows"])
+        if curves := numbers.get("curves"):
+            panels = {title: {"x": "k", "curves": lines} for title, lines in curves.items()}
+            draw = partial(results.curves, panels)
+        return lines, {**numbers, "all": total, "matches": dict(counts)}, records, draw
+
+    evaluate(cfg, command, ask)
+
+
+def evaluate(cfg, command, ask):
+    """Open a judge and a folder, judge, print; write the folder, and the numbers to --json.
+
+    ask(judge) -> (lines to print, numbers, records, a function that draws the plot).
+    """
+    judge = results.Recorder(open_judge(cfg))  # first: where there is none, no folder is left
+    folder = results.output_folder(command, cfg.out)
+    lines, numbers, records, draw = ask(judge)
+    print("\n".join(lines))
     numbers = {**numbers, "seconds": judge.seconds}
     results.write(folder, command, cfg, numbers, records, draw)
     if cfg.json:
@@ -359,25 +335,21 @@ def finish(cfg, folder, command, judge, numbers, draw, records):
     print(f"\n{folder}")
 
 
-def compare(arguments):
-    """`--compare A B`: two evaluations of the same pairs, with the chance of such a difference."""
-    if len(arguments) != 2:
-        raise UserError("--compare needs two evaluations: folders, or their results.json")
-    print("\n".join(results.comparison(*results.compare(*arguments))))
-
-
 COMMANDS = {
     "toy": (ToyEvaluation, toy),
-    "pairs": (PairsEvaluation, pairs),
+    "pairs": (of_file("Any file of labelled pairs, by source."), pairs),
     "rewardbench": (RewardBench, rewardbench),
-    "pandalm": (PandaLM, benchmark("pandalm")),
     "ppe": (PPE, ppe),
-    "judgebench": (JudgeBench, benchmark("judgebench")),
-    "rmbench": (RMBench, benchmark("rmbench")),
-    "llmbar": (LLMBar, benchmark("llmbar")),
     "bon": (BestOfN, bon),
     "scaling": (Scaling, scaling),
 }
+ABOUT = {
+    "pandalm": "PandaLM's test set against the majority of its three annotators.",
+    "judgebench": "JudgeBench: knowledge, reasoning, math and coding.",
+    "rmbench": "RM-Bench: right and wrong answers in three styles each, nine pairs a row.",
+    "llmbar": "LLMBar: natural pairs, and pairs where the worse response looks better.",
+}
+COMMANDS |= {name: (of_file(about), partial(benchmark, name)) for name, about in ABOUT.items()}
 
 
 def main():

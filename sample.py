@@ -29,7 +29,6 @@ from nanorrm.judge import prompts
 from nanorrm.judge.open import open_judge
 from nanorrm.measure import results
 from nanorrm.measure.metrics import outcome
-from nanorrm.model.tokenizer import THINK
 from nanorrm.rank import bestof
 from nanorrm.records import Pair, Ranking
 
@@ -119,7 +118,7 @@ def judge(cfg):
     else:
         pairs = [Pair(cfg.query, cfg.a, cfg.b)]
     judge = open_judge(cfg)
-    with streaming(cfg, judge.backend):
+    with stream(judge.backend) if cfg.stream else nullcontext():
         verdicts = judge.compare(pairs, cfg.votes, cfg.both_orders, cfg.max_think_tokens)
     for pair, verdict in zip(pairs, verdicts):
         if verdict.skipped and not cfg.data:
@@ -127,33 +126,23 @@ def judge(cfg):
         if cfg.json:
             record = results.pair_record(pair, verdict)
             print(json.dumps(record if pair.label else {**record, "outcome": None}))
-            continue
-        print(f"\nquery  {printable(pair.query)}")
-        print(f"a      {printable(pair.a)}\nb      {printable(pair.b)}")
-        for vote, swapped, thought in zip(verdict.votes, verdict.swapped, verdict.thoughts):
-            shown = "b, a" if swapped else "a, b"
-            says = {1: "a", 2: "b", None: "nothing that can be read"}[vote]
-            print(f"  shown {shown}, says {says}, thinks")
-            print("\n".join(f"    {line}" for line in printable(thought or "-").splitlines()))
-        print("verdict", describe(pair, verdict))
+        else:
+            print("\n".join(comparison(pair, verdict)))
 
 
 def rank(cfg):
     """Print the bracket, the ratings and the champion of each query, and what it cost."""
     rankings = read_candidates(cfg)
     for place, ranking in enumerate(rankings, 1):
-        n, where = (
-            len(ranking.responses),
-            f"{cfg.data}, line {place}" if cfg.query is None else cfg.data,
-        )
+        n = len(ranking.responses)
+        where = f"{cfg.data}, line {place}" if cfg.query is None else cfg.data
         if n < 2:
             raise UserError(f"{where}: {n} response, 2 are needed")
         if cfg.opponents >= n:
             raise UserError(f"{where}: opponents = {cfg.opponents}, but a response has {n - 1}")
     judge = open_judge(cfg)
-    how = {"votes": cfg.votes, "both_orders": cfg.both_orders}
-    how["max_think_tokens"] = cfg.max_think_tokens
-    with streaming(cfg, judge.backend):
+    how = {name: getattr(cfg, name) for name in ("votes", "both_orders", "max_think_tokens")}
+    with stream(judge.backend) if cfg.stream else nullcontext():
         ranked, play = bestof.rank(judge, rankings, cfg.strategy, cfg.opponents, cfg.seed, **how)
     for index, (ranking, result) in enumerate(zip(rankings, ranked)):
         if cfg.json:
@@ -172,34 +161,34 @@ def generate(cfg):
         torch.set_num_threads(cfg.threads)
     engine = Engine.from_pretrained(cfg.model)
     prompt = prompt_ids(engine.tokenizer, cfg)
-    params = SamplingParams(
-        n=cfg.n, temperature=cfg.temperature, top_p=cfg.top_p, max_tokens=cfg.max_tokens,
-        max_think_tokens=cfg.max_think_tokens, seed=cfg.seed, logprobs=False,
-    )  # fmt: skip
-    with streaming(cfg, engine) if cfg.json else stream(engine, sys.stdout):
+    names = ("n", "temperature", "top_p", "max_tokens", "max_think_tokens", "seed")
+    params = SamplingParams(**{name: getattr(cfg, name) for name in names}, logprobs=False)
+    shown = sys.stderr if cfg.json else sys.stdout
+    with stream(engine, shown) if cfg.stream or not cfg.json else nullcontext():
         completions = engine.generate([prompt], params)[0]
     for number, completion in enumerate(completions, 1):
         if cfg.json:
-            names = ("text", "finish_reason", "think_tokens")
-            said = {name: getattr(completion, name) for name in names}
-            print(json.dumps({"prompt": cfg.prompt, **said, "tokens": len(completion.ids)}))
+            record = {"prompt": cfg.prompt, "text": completion.text}
+            record |= {"finish_reason": completion.finish_reason}
+            record |= {"think_tokens": completion.think_tokens, "tokens": len(completion.ids)}
+            print(json.dumps(record))
         elif number > 1:
             print(f"\n-- {number} of {cfg.n}\n{printable(completion.text)}")
 
 
 def prompt_ids(tokenizer, cfg):
     """The prompt in tokens: through the chat template, as the toy world asks, or raw."""
+    toy = prompts.template_of(tokenizer) == "toy"
+    if cfg.raw and cfg.system is not None:
+        raise UserError("--system needs a chat template, --raw takes none")
     if cfg.raw:
-        if cfg.system is not None:
-            raise UserError("--system needs a chat template, --raw takes none")
         return tokenizer.encode_template(cfg.prompt)
-    if tokenizer.chat_template is None and prompts.template_of(tokenizer) == "toy":
-        if cfg.system is not None:
-            raise UserError("the toy model knows no system message")
-        asked = prompts.toy_solve(cfg.prompt).removesuffix(THINK)
-        return tokenizer.encode(asked) + tokenizer.encode_template(THINK)
-    if tokenizer.chat_template is None:
+    if tokenizer.chat_template is None and not toy:
         raise UserError(f"{cfg.model} has no chat template; --raw takes the prompt as it stands")
+    if tokenizer.chat_template is None and cfg.system is not None:
+        raise UserError("the toy model knows no system message")
+    if tokenizer.chat_template is None:
+        return prompts.query_prompt(tokenizer, cfg.prompt)
     system = [] if cfg.system is None else [{"role": "system", "content": cfg.system}]
     return tokenizer.chat([*system, {"role": "user", "content": cfg.prompt}])
 
@@ -220,12 +209,18 @@ def read_candidates(cfg):
     return [Ranking(cfg.query, responses)]
 
 
-def streaming(cfg, engine):
-    """Shows the thinking on stderr meanwhile, if that is wanted."""
-    return stream(engine) if cfg.stream else nullcontext()
-
-
 # -- in words
+
+
+def comparison(pair, verdict):
+    """Lines: the pair, each vote's thinking, the verdict."""
+    yield f"\nquery  {printable(pair.query)}"
+    yield f"a      {printable(pair.a)}\nb      {printable(pair.b)}"
+    for vote, swapped, thought in zip(verdict.votes, verdict.swapped, verdict.thoughts):
+        says = {1: "a", 2: "b", None: "nothing that can be read"}[vote]
+        yield f"  shown {'b, a' if swapped else 'a, b'}, says {says}, thinks"
+        yield from (f"    {line}" for line in printable(thought or "-").splitlines())
+    yield f"verdict {describe(pair, verdict)}"
 
 
 def describe(pair, verdict):
@@ -262,24 +257,19 @@ def standings(ranking, ranked, strategy):
 def bracket(rounds):
     """The lines of a knockout's tree; rounds: [[(a, b, winner), ...], ...]."""
     games = [match for games in rounds for match in games]
-    digits = len(str(1 + max((max(a, b) for a, b, _ in games), default=0)))
-    trees = {}  # entrant -> the lines that lead to it, and which of them ends in its name
-    for a, b, winner in games:
-        (upper, high), (lower, low) = (trees.get(i, ([number(i, digits)], 0)) for i in (a, b))
+    names = [f"#{i + 1}" for i in range(1 + max((max(match) for match in games), default=0))]
+    names = [name.ljust(len(names[-1])) for name in names]
+    trees = {i: ([name], 0) for i, name in enumerate(names)}  # the lines that lead to an entrant,
+    for a, b, winner in games:  # and which of them ends in its name
+        (upper, high), (lower, low) = trees[a], trees[b]
         width = max(map(len, upper + lower)) + 1
-        lines = []
-        for i, line in enumerate(upper):
-            lines.append(reach(line, width, "─┐" if i == high else " │" if i > high else ""))
-        lines.append(" " * width + f" ├─ {number(winner, digits)}")
-        for i, line in enumerate(lower):
-            lines.append(reach(line, width, "─┘" if i == low else " │" if i < low else ""))
+        above = ["─┐" if i == high else " │" if i > high else "" for i in range(len(upper))]
+        below = ["─┘" if i == low else " │" if i < low else "" for i in range(len(lower))]
+        lines = [reach(line, width, end) for line, end in zip(upper, above)]
+        lines.append(" " * width + f" ├─ {names[winner]}")
+        lines += [reach(line, width, end) for line, end in zip(lower, below)]
         trees[winner] = lines, len(upper)
     return [line.rstrip() for line in trees[winner][0]] if games else []
-
-
-def number(i, digits):
-    """A response's name in a tree, padded so that columns align."""
-    return f"#{i + 1}".ljust(digits + 1)
 
 
 def reach(line, width, end):

@@ -5,45 +5,20 @@ import sys
 from pathlib import Path
 
 ROWS = ("all trained lengths", "harder half (4+)", "7 terms, never trained")
-
-
-def lines(runs):
-    """One Markdown row per evaluated run: accuracies with intervals, steps, minutes, thinking."""
-    yield (
-        "| run | steps | minutes | tokens per rollout, first to last step | "
-        + " | ".join(ROWS)
-        + " |"
-    )
-    yield "|---|---|---|---|" + "---|" * len(ROWS)
-    for path in sorted(runs.glob("*/eval.json")):
-        table = json.loads(path.read_text())["rows"]
-        cells = []
-        for row in ROWS:
-            low, high = table[row]["accuracy_interval"]
-            cells.append(f"{table[row]['accuracy']:.1%} [{low:.1%}, {high:.1%}]")
-        log = path.parent / "metrics.jsonl"
-        steps = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        steps = [step for step in steps if "minutes" in step]
-        about = "| - | - | - |"
-        if steps:
-            first, last = (step["completions/mean_length"] for step in (steps[0], steps[-1]))
-            about = f"| {len(steps)} | {steps[-1]['minutes']:.1f} | {first:.1f} to {last:.1f} |"
-        yield f"| {path.parent.name} {about} " + " | ".join(cells) + " |"
-
-
+TERMS = [f"{n} terms" for n in range(2, 7)]
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for the mean of so many seeds
-
-TAUGHT = {
-    "policy": ["before: one", "after: one", "gain of one"],
-    "dpo": ["before: one", "after: one", "gain of one"],
-    "best of 8": [
-        "before: one",
-        "before: majority",
-        "before: knockout",
-        "before: knockout - one",
-        "before: knockout - majority",
-    ],
+GAIN = ("before: one", "after: one", "gain of one")
+KNOCKOUT = ("before: one", "before: majority", "before: knockout", "before: knockout - one")
+TAUGHT = {  # heading -> (kind of run, lines of its best_of.json)
+    "policy": ("policy", GAIN),
+    "dpo": ("dpo", GAIN),
+    "best of 8": ("policy", (*KNOCKOUT, "before: knockout - majority")),
 }
+
+
+def found(runs, pattern):
+    """[(run folder, what the file holds)] of the JSON files that fit, by name."""
+    return [(path.parent, json.loads(path.read_text())) for path in sorted(runs.glob(pattern))]
 
 
 def over_seeds(means):
@@ -55,44 +30,49 @@ def over_seeds(means):
     return f"{mean:.1%} [{mean - spread:.1%}, {mean + spread:.1%}]"
 
 
+def accuracies(runs):
+    """One row per evaluated run: steps, minutes, thinking, accuracies with intervals."""
+    yield "run", "steps", "minutes", "tokens per rollout, first to last step", *ROWS
+    for run, numbers in found(runs, "*/eval.json"):
+        log, about = run / "metrics.jsonl", ("-", "-", "-")
+        steps = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        if steps := [step for step in steps if "minutes" in step]:
+            first, last = (steps[i]["completions/mean_length"] for i in (0, -1))
+            about = len(steps), f"{steps[-1]['minutes']:.1f}", f"{first:.1f} to {last:.1f}"
+        shown = [numbers["rows"][name] for name in ROWS]
+        ends = [(row["accuracy"], *row["accuracy_interval"]) for row in shown]
+        yield run.name, *about, *("{:.1%} [{:.1%}, {:.1%}]".format(*three) for three in ends)
+
+
 def judges(runs):
     """Accuracy on all trained lengths, the mean over seeds of each kind of run."""
-    yield "| run | mean over seeds [95%, t] |"
-    yield "|---|---|"
+    yield "run", "mean over seeds [95%, t]"
     for kind in ("judge", "direct", "no-check"):
-        found = sorted(runs.glob(f"{kind}-[0-9]*/eval.json"))
-        tables = [json.loads(path.read_text())["rows"] for path in found]
-        if tables:
-            yield f"| {kind} | {over_seeds([table[ROWS[0]]['accuracy'] for table in tables])} |"
+        if seeds := found(runs, f"{kind}-[0-9]*/eval.json"):
+            yield kind, over_seeds([table["rows"][ROWS[0]]["accuracy"] for _, table in seeds])
 
 
 def taught(runs):
     """Each line of the policies' best_of.json by seed, and the mean over seeds."""
-    yield "| | | seeds | mean over seeds [95%, t] |"
-    yield "|---|---|---|---|"
-    for name, wanted in TAUGHT.items():
-        stage = "policy" if name == "best of 8" else name
-        found = sorted(runs.glob(f"{stage}-[0-9]*/best_of.json"))
-        seeds = [json.loads(path.read_text()) for path in found]
-        for line in wanted:
-            means = [seed[line][0] for seed in seeds]
-            if not means:
-                continue
-            cells = ", ".join(f"{mean:.1%}" for mean in means)
-            yield f"| {name} | {line} | {cells} | {over_seeds(means)} |"
+    yield "", "", "seeds", "mean over seeds [95%, t]"
+    for heading, (kind, lines) in TAUGHT.items():
+        seeds = found(runs, f"{kind}-[0-9]*/best_of.json")
+        for line in lines if seeds else ():
+            means = [numbers[line][0] for _, numbers in seeds]
+            yield heading, line, ", ".join(f"{mean:.1%}" for mean in means), over_seeds(means)
 
 
 def thinking(runs):
     """Tokens per vote by chain length: does thinking grow with difficulty?"""
-    yield "| run | " + " | ".join(f"{n} terms" for n in range(2, 7)) + " |"
-    yield "|---|" + "---|" * 5
-    for path in sorted(runs.glob("judge-[0-9]*/eval.json")):
-        rows = json.loads(path.read_text())["rows"]
-        cells = " | ".join(f"{rows[f'{n} terms']['tokens_per_vote']:.1f}" for n in range(2, 7))
-        yield f"| {path.parent.name} | {cells} |"
+    yield "run", *TERMS
+    for run, numbers in found(runs, "judge-[0-9]*/eval.json"):
+        yield run.name, *(f"{numbers['rows'][name]['tokens_per_vote']:.1f}" for name in TERMS)
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs")
-    for table in (lines, judges, taught, thinking):
-        print("\n".join(table(folder)), end="\n\n")
+    for table in (accuracies, judges, taught, thinking):
+        heads, *rows = table(folder)
+        for row in (heads, ["---"] * len(heads), *rows):
+            print(f"| {' | '.join(map(str, row))} |")
+        print()

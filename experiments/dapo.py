@@ -12,28 +12,27 @@ Look at the share of clipped tokens: too few of them, and a clip can not matter;
 which is to be kept up; and at what the four updates do by themselves, beside one of the default.
 """
 
-import train
 from experiments.lab import Comparison
 from nanorrm.cli import run_script
 from nanorrm.config import JudgeConfig, LossConfig
+from train import train_judge
 
 
 def main():
     config = JudgeConfig(steps=40, prompts=32, eval_every=5)
-    lab = Comparison("dapo", __doc__, train.train_judge, config)
-    for seed in lab.seeds:
-        lab.run("default", seed)
-        lab.run("four updates", seed, mini_prompts=8)
-        lab.run("clip higher", seed, mini_prompts=8, loss=LossConfig(clip_high=0.28))
-    lab.report(
-        {
-            "held-out accuracy": ("eval/accuracy", "last"),
-            "steps to 90%": ("eval/accuracy", 0.9),
-            "clipped, mean": ("clip_ratio", "mean"),
-            "entropy at the end": ("entropy", "last"),
-            "thinking, tokens": ("completions/mean_think_length", "last"),
-        }
-    )
+    variants = {
+        "default": {},
+        "four updates": {"mini_prompts": 8},
+        "clip higher": {"mini_prompts": 8, "loss": LossConfig(clip_high=0.28)},
+    }
+    columns = {
+        "held-out accuracy": ("eval/accuracy", "last"),
+        "steps to 90%": ("eval/accuracy", 0.9),
+        "clipped, mean": ("clip_ratio", "mean"),
+        "entropy at the end": ("entropy", "last"),
+        "thinking, tokens": ("completions/mean_think_length", "last"),
+    }
+    Comparison("dapo", __doc__, train_judge, config).compare(variants, columns)
 
 
 if __name__ == "__main__":

@@ -12,27 +12,26 @@ Look at the steps to 90%, and at the gradient's norm: its scale is what changes 
 does not mind.
 """
 
-import train
 from experiments.lab import Comparison
 from nanorrm.cli import run_script
 from nanorrm.config import JudgeConfig, LossConfig
+from train import train_judge
 
 
 def main():
     config = JudgeConfig(steps=40, prompts=32, eval_every=5)
-    lab = Comparison("dr_grpo", __doc__, train.train_judge, config)
-    for seed in lab.seeds:
-        lab.run("default", seed)
-        lab.run("no std", seed, scale="none")
-        lab.run("Dr. GRPO", seed, scale="none", loss=LossConfig(aggregation="constant"))
-    lab.report(
-        {
-            "held-out accuracy": ("eval/accuracy", "last"),
-            "steps to 90%": ("eval/accuracy", 0.9),
-            "thinking, tokens": ("completions/mean_think_length", "last"),
-            "gradient norm, mean": ("grad_norm", "mean"),
-        }
-    )
+    variants = {
+        "default": {},
+        "no std": {"scale": "none"},
+        "Dr. GRPO": {"scale": "none", "loss": LossConfig(aggregation="constant")},
+    }
+    columns = {
+        "held-out accuracy": ("eval/accuracy", "last"),
+        "steps to 90%": ("eval/accuracy", 0.9),
+        "thinking, tokens": ("completions/mean_think_length", "last"),
+        "gradient norm, mean": ("grad_norm", "mean"),
+    }
+    Comparison("dr_grpo", __doc__, train_judge, config).compare(variants, columns)
 
 
 if __name__ == "__main__":

@@ -37,12 +37,25 @@ class Comparison:
         self.config = replace(config, runs=str(self.folder), steps=given.steps)
         self.results = {}  # variant -> [rows of metrics.jsonl, of each seed]
 
+    def compare(self, variants, columns):
+        """Train each of the variants {name: changes, see `run`} with each seed, then `report`."""
+        for seed in self.seeds:
+            for variant, changes in variants.items():
+                self.run(variant, seed, **changes)
+        self.report(columns)
+
     def run(self, variant, seed, **changes):
-        """Train a variant with a seed; changes: of fields of the config. Ctrl-C ends it all."""
+        """Train a variant with a seed. Ctrl-C ends it all.
+
+        changes: of fields of the config; or functions, which the stage takes in place of its own.
+        """
         began = time.perf_counter()
-        cfg = replace(self.config, seed=seed, name=f"{variant.replace(' ', '-')}-{seed}", **changes)
+        functions = {name: change for name, change in changes.items() if callable(change)}
+        settings = {name: change for name, change in changes.items() if name not in functions}
+        name = f"{variant.replace(' ', '-')}-{seed}"
+        cfg = replace(self.config, seed=seed, name=name, **settings)
         with Run(self.name, cfg) as run, redirect_stdout(io.StringIO()):  # it has a line a step
-            self.train(cfg, run)
+            self.train(cfg, run, **functions)
         rows = run.metrics()
         if rows[-1]["step"] < cfg.steps:
             raise KeyboardInterrupt

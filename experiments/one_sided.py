@@ -4,22 +4,18 @@ A group's advantages push right rollouts up and wrong ones down. Zhu et al. (arX
 with either half and find that pushing down wrong ones goes a long way, while pushing up right ones
 alone costs diversity.
 
-Overridden: `grpo.advantages`, whose positive or negative half becomes zero.
+Overridden: `advantages` of `train_judge`, whose positive or negative half becomes zero.
 
     python -m experiments.one_sided
 
 Look at the steps to 90%, at the entropy, and at how much longer the thinking becomes.
 """
 
-from unittest.mock import patch
-
-import train
 from experiments.lab import Comparison
 from nanorrm.cli import run_script
 from nanorrm.config import JudgeConfig
-from nanorrm.train import grpo
-
-advantages = grpo.advantages
+from nanorrm.train.grpo import advantages
+from train import train_judge
 
 
 def mistakes(rewards, scale):
@@ -34,22 +30,19 @@ def successes(rewards, scale):
 
 def main():
     config = JudgeConfig(steps=40, prompts=32, eval_every=5)
-    lab = Comparison("one_sided", __doc__, train.train_judge, config)
-    for seed in lab.seeds:
-        lab.run("default", seed)
-        with patch.object(grpo, "advantages", mistakes):
-            lab.run("mistakes only", seed)
-        with patch.object(grpo, "advantages", successes):
-            lab.run("successes only", seed)
-    lab.report(
-        {
-            "held-out accuracy": ("eval/accuracy", "last"),
-            "steps to 90%": ("eval/accuracy", 0.9),
-            "entropy at the end": ("entropy", "last"),
-            "unreadable at the end": ("completions/unreadable_ratio", "last"),
-            "thinking, tokens": ("completions/mean_think_length", "last"),
-        }
-    )
+    variants = {
+        "default": {},
+        "mistakes only": {"advantages": mistakes},
+        "successes only": {"advantages": successes},
+    }
+    columns = {
+        "held-out accuracy": ("eval/accuracy", "last"),
+        "steps to 90%": ("eval/accuracy", 0.9),
+        "entropy at the end": ("entropy", "last"),
+        "unreadable at the end": ("completions/unreadable_ratio", "last"),
+        "thinking, tokens": ("completions/mean_think_length", "last"),
+    }
+    Comparison("one_sided", __doc__, train_judge, config).compare(variants, columns)
 
 
 if __name__ == "__main__":

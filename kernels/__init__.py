@@ -15,13 +15,6 @@ from kernels.sampling_head import sample
 from kernels.swiglu_act import swiglu
 
 __all__ = [
-    "attention",
-    "logprob",
-    "paged_attention",
-    "paged_prefill",
-    "rms_norm",
-    "rope",
-    "rope_write",
-    "sample",
-    "swiglu",
-]
+    "attention", "logprob", "paged_attention", "paged_prefill", "rms_norm", "rope", "rope_write",
+    "sample", "swiglu",
+]  # fmt: skip

@@ -18,7 +18,9 @@ sequence's end returns at once.
     rows       0..3   4..5   0      0..3   4      none
 """
 
-from kernels.tiles import compile_time, tile
+import math
+
+from kernels.tiles import aot_case, tile
 from kernels.triton_compat import jit, tl, triton
 
 
@@ -91,29 +93,24 @@ def attend(q, k, v, seen, top, total, acc, SCALE: tl.constexpr, MASKED: tl.const
     return new_top, total, acc
 
 
-INTEGERS = ["B", "T", "splits", "capacity"]
-LISTS = ["cu_seqlens", "seq_lens", "block_tables"]
-SUMS = ["lse", "delta", "part", "part_lse"]
+def constants(q, kv_heads, scale):
+    """What all kernels know at compile time of q [T, Hq, D]: heads, head size, scale in base 2."""
+    Hq, D = q.shape[1:]
+    if Hq % kv_heads:
+        raise ValueError(f"attention: {Hq} query heads over {kv_heads} key heads")
+    sizes = {"HEADS": Hq, "GROUP": Hq // kv_heads, "D": D, "BD": triton.next_power_of_2(D)}
+    return {**sizes, "SCALE": scale * math.log2(math.e)}
 
 
-def aot_signature(function, kind):
-    """Types of a kernel's arguments by their names, for `kernels/check.py`; kind: "bf16", "fp32".
-
-    What is left over are strides, divisible by 16 as they are in real launches.
-    """
-    types = {name: "i32:16" if "_" in name else f"*{kind}" for name in function.arg_names}
-    types |= dict.fromkeys(("k_cache", "v_cache"), f"*{kind}")
-    types |= dict.fromkeys(INTEGERS, "i32") | dict.fromkeys(LISTS, "*i32")
-    return types | dict.fromkeys(SUMS, "*fp32")
-
-
-def aot_rows(op, arch, head_sizes=(32, 64, 96, 128, 256)):
-    """Each table row of an operation with each head size it serves: kind, constexprs, options.
-
-    The heads are those of Qwen2.5-7B: 28 query heads over 4.
-    """
-    for kind, size in (("bf16", 2), ("fp32", 4)):
-        for D in head_sizes if kind == "bf16" else (64,):
-            values, options = compile_time(tile(op, arch, D=D, bytes=size))
-            shape = {"HEADS": 28, "GROUP": 7, "D": D, "BD": triton.next_power_of_2(D), "CHUNK": 64}
-            yield kind, {**shape, "SCALE": D**-0.5 * 1.4427, **values}, options
+def aot_cases(arch, family, kernels, **more):
+    """What `kernels/check.py` compiles of {name in the table, less its family: kernel}: each row at
+    each head size that it serves, 28 heads over 4 (Qwen2.5-7B), 64 sequences, pages of 16."""
+    for op, function in ((f"{family}_{name}", kernel) for name, kernel in kernels.items()):
+        for kind, size, head_sizes in (("bf16", 2, (32, 64, 96, 128, 256)), ("fp32", 4, (64,))):
+            for D in head_sizes:
+                values = tile(op, arch, D=D, bytes=size)
+                shape = {"HEADS": 28, "GROUP": 7, "BG": 16, "D": D, "BD": triton.next_power_of_2(D)}
+                shape |= {"SCALE": D**-0.5 * 1.4427, "CHUNK": 64, "BB": 64, "PAGE": 16, **more}
+                shape["TOKENS"] = values.get("BM", 0) // 7
+                cores = kind == "bf16" and "BN" in values  # without keys a step, no product
+                yield aot_case(f"{op} {kind}", function, values, kind, cores, **shape)

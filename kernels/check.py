@@ -26,23 +26,16 @@ from kernels.tiles import ARCHITECTURES, SHARED
 from kernels.triton_compat import HAVE_TRITON, INTERPRET, triton
 
 MODULES = (
-    "linear_logprob",
-    "sampling_head",
-    "flash_attention",
-    "flash_backward",
-    "paged_decode",
-    "rms_norm",
-    "rope_cache",
-    "swiglu_act",
-)
+    "linear_logprob", "sampling_head", "flash_attention", "flash_backward", "paged_decode",
+    "rms_norm", "rope_cache", "swiglu_act",
+)  # fmt: skip
 HEADER = ("kernel", "tile", "arch", "registers", "stack", "shared", "product")
 
 
 def cases(arch):
     """All kernels' (name, function, signature, constexprs, options, needs_tensor_cores)."""
     for name in MODULES:
-        module = importlib.import_module(f"kernels.{name}")
-        yield from getattr(module, "aot_cases", lambda arch: ())(arch)
+        yield from importlib.import_module(f"kernels.{name}").aot_cases(arch)
 
 
 def compile_case(arch, function, signature, constexprs, options):
@@ -55,13 +48,12 @@ def compile_case(arch, function, signature, constexprs, options):
     from triton.compiler import ASTSource
 
     types = {name: signature.get(name, "constexpr") for name in function.arg_names}
-    for name in constexprs:
-        types[name] = "constexpr"
+    types |= dict.fromkeys(constexprs, "constexpr")
     # A real launch finds pointers and most strides divisible by 16, and compiles for that.
     aligned = {
         (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(function.arg_names)
-        if types[name].startswith("*") or types[name].endswith(":16")
+        for i, kind in enumerate(types.values())
+        if kind.startswith("*") or kind.endswith(":16")
     }
     types = {name: kind.removesuffix(":16") for name, kind in types.items()}
     source = ASTSource(function, types, constexprs, aligned)
@@ -75,18 +67,14 @@ def resources(cubin):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+)\s+STACK:(\d+)", text)
-    return int(found[1]), int(found[2])
+        text = subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
+    return tuple(map(int, re.search(r"REG:(\d+)\s+STACK:(\d+)", text).groups()))
 
 
 def product(ptx):
     """Which instruction does the matrix products."""
-    for name, pattern in (("tcgen05", "tcgen05.mma"), ("wgmma", "wgmma.mma_async")):
-        if pattern in ptx:
-            return name
-    return "mma" if re.search(r"\bmma\.sync", ptx) else "-"
+    patterns = {"tcgen05": r"tcgen05\.mma", "wgmma": r"wgmma\.mma_async", "mma": r"\bmma\.sync"}
+    return next((name for name, pattern in patterns.items() if re.search(pattern, ptx)), "-")
 
 
 def check(arch, name, function, signature, constexprs, options, needs_tensor_cores):
@@ -101,14 +89,13 @@ def check(arch, name, function, signature, constexprs, options, needs_tensor_cor
         return (name, tile, arch, *"----"), [f"does not compile: {said[-1]}"]
     registers, stack = resources(compiled.asm["cubin"])
     shared, kind = compiled.metadata.shared, product(compiled.asm["ptx"])
-    problems = []
-    if stack:
-        problems.append(f"spills: {stack} bytes of stack")
-    if shared > SHARED[arch]:
-        problems.append(f"shared memory {shared} over {SHARED[arch]}")
-    if needs_tensor_cores and kind == "-":
-        problems.append("no tensor-core instruction")
-    return (name, tile, arch, registers, stack, shared, kind), problems
+    problems = {
+        f"spills: {stack} bytes of stack": stack,
+        f"shared memory {shared} over {SHARED[arch]}": shared > SHARED[arch],
+        "no tensor-core instruction": needs_tensor_cores and kind == "-",
+    }
+    row = name, tile, arch, registers, stack, shared, kind
+    return row, [words for words, wrong in problems.items() if wrong]
 
 
 def main():

@@ -4,8 +4,7 @@
 "auto" takes the reference on a CPU. On a GPU it takes Triton, but only after a trial: the first
 time an operation meets a device and a dtype, its `probe` runs kernel and reference on a small
 input, forward and backward. If they differ or the kernel does not launch, one warning says so and
-the reference runs from then on. (A backend that was chosen because its import worked crashes later,
-or worse, does not.)
+the reference runs from then on. (One chosen because its import worked crashes later, or worse.)
 """
 
 import os
@@ -30,15 +29,14 @@ def choose(impl, op=None, *tensors, probe=None):
     sequences of tensors to compare.
     Raises ValueError for a name that does not exist and RuntimeError where it can not run.
     """
-    asked = impl
     if impl == "auto":
         impl = os.environ.get("NANORRM_IMPL", "auto")
+        if impl == "flash" and op != "attention":
+            impl = "auto"  # NANORRM_IMPL=flash means attention and leaves the others alone
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     if impl == "flash" and op != "attention":
-        if asked == "flash":
-            raise ValueError("impl='flash' exists for attention only")
-        impl = "auto"  # NANORRM_IMPL=flash means attention and leaves the others alone
+        raise ValueError("impl='flash' exists for attention only")
     if impl == "triton" and tensors:
         require_triton(op, tensors[0])
     if impl != "auto":
@@ -56,20 +54,20 @@ def choose(impl, op=None, *tensors, probe=None):
 
 def require_triton(op, x):
     """Say why impl="triton" can not run on x, and what to do."""
+    on_gpu, problem = x.device.type == "cuda", None
     if not HAVE_TRITON:
-        raise RuntimeError(f"{op}: triton is not installed; use impl='torch'")
-    if x.device.type != "cuda" and not INTERPRET:
-        raise RuntimeError(
-            f"{op}: impl='triton' needs a CUDA tensor, got {x.device.type}; use impl='torch', "
-            "or set TRITON_INTERPRET=1 before Python starts to run kernels slowly on a CPU"
+        problem = "triton is not installed; use impl='torch'"
+    elif not on_gpu and not INTERPRET:
+        problem = (
+            f"impl='triton' needs a CUDA tensor, got {x.device.type}; use impl='torch', or set "
+            "TRITON_INTERPRET=1 before Python starts to run kernels slowly on a CPU"
         )
-    if x.device.type != "cuda" and x.dtype == torch.bfloat16:
-        raise RuntimeError(
-            f"{op}: Triton's interpreter gets bfloat16 products and sums wrong; use float16 or "
-            "float32 there"
-        )
-    if x.dtype not in TOLERANCE:
-        raise RuntimeError(f"{op}: no kernel for {x.dtype}; use impl='torch'")
+    elif not on_gpu and x.dtype == torch.bfloat16:
+        problem = "Triton's interpreter gets bfloat16 wrong; use float16 or float32 there"
+    elif x.dtype not in TOLERANCE:
+        problem = f"no kernel for {x.dtype}; use impl='torch'"
+    if problem:
+        raise RuntimeError(f"{op}: {problem}")
 
 
 def trial(op, device, dtype, probe):
@@ -90,6 +88,21 @@ def trial(op, device, dtype, probe):
     return not problem
 
 
+def both_ways(function, *args):
+    """What a probe returns: function(*args) by the kernel and by the reference, each as a list of
+    its outputs, then the gradients of those args that require one, under a random gradient."""
+    leaves = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
+    sides, above = [], []
+    for impl in ("triton", "torch"):
+        given = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
+        found = function(*given, impl=impl)
+        found = found if isinstance(found, tuple) else (found,)
+        above = above or [torch.randn_like(x) for x in found]
+        grads = torch.autograd.grad(found, leaves, above) if leaves else ()
+        sides.append([*(x.detach() for x in found), *grads])
+    return sides
+
+
 def difference(ours, theirs, tolerance):
     """None if all pairs agree within tolerance of the reference's largest value, else what not."""
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
@@ -100,3 +113,8 @@ def difference(ours, theirs, tolerance):
         if not error <= allowed:  # NaN is no agreement either
             return f"output {i} is off by {error:.2g}, {allowed:.2g} allowed"
     return None
+
+
+def dense(x):
+    """Kernels walk the last dimension without a stride: copy x where it has one."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -22,85 +22,60 @@ of `attention_tiles.attend`. It writes its rows of out, and lse, from which the 
                                             | #  | #  | #  | \  |  <- started first: the longest
                                             +----+----+----+----+
 
-Work and traffic of one sequence of L tokens: 4 * Hq * D * L^2 / 2 floating-point operations, and
-2 * L * (2 Hq + 2 Hkv) * D bytes at least (bf16), that is L / (2 * (1 + Hkv / Hq)) operations a
-byte: at 4,096 tokens more than 1,000, far above the 180 or so at which an H200 stops waiting for
-memory. So tensor cores are the limit, and beside them exp2: at 16 a clock and SM it takes half as
-many clocks as the two products of a D = 128 tile. That is why so little else is done per logit.
+A sequence of L tokens takes 4 * Hq * D * L^2 / 2 operations on 2 * L * (2 Hq + 2 Hkv) * D bytes or
+more (bf16): at 4,096 tokens over 1,000 a byte, where an H200 stops waiting for memory at 180. So
+tensor cores are the limit, and beside them exp2, which takes half as many clocks as the products.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
 
-from kernels.attention_tiles import (
-    aot_rows,
-    aot_signature,
-    attend,
-    find_tile,
-    load_tile,
-    slots,
-    slots_chunk,
-)
-from kernels.dispatch import choose
-from kernels.flash_backward import backward
+from kernels import attention_tiles
+from kernels.attention_tiles import attend, find_tile, load_tile
+from kernels.dispatch import both_ways, choose, dense
+from kernels.flash_backward import backward, delta_kernel, dkdv_kernel, dq_kernel
 from kernels.tiles import tile
-from kernels.triton_compat import jit, tl, triton
+from kernels.triton_compat import jit, tl
 
 
 def pad_index(cu_seqlens):
     """Where each packed token lies in a padded [B, L] batch: flat index [T] and L."""
+    cu_seqlens = cu_seqlens.long()
     lengths = cu_seqlens.diff()
-    longest = int(lengths.max())
-    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-    total = int(cu_seqlens[-1])
-    offset = torch.arange(total, device=lengths.device) - cu_seqlens[:-1][sequence]
-    return sequence * longest + offset, longest
+    sequence = torch.repeat_interleave(lengths)  # of each token
+    offset = torch.arange(len(sequence), device=lengths.device) - cu_seqlens[sequence]
+    L = int(lengths.max())
+    return sequence * L + offset, L
+
+
+def pad(x, index, B, L):
+    """Packed [T, H, D] -> [B, H, L, D], zero where there is no token."""
+    out = x.new_zeros(B * L, *x.shape[1:]).index_copy(0, index, x)
+    return out.view(B, L, *x.shape[1:]).transpose(1, 2)
+
+
+def unpad(x, index):
+    """And back."""
+    return x.transpose(1, 2).flatten(0, 1)[index]
 
 
 def reference(q, k, v, cu_seqlens, scale=None):
     """Pad to [B, H, L, D], attend, unpad: causal masking makes the padding at the end harmless."""
-    B, Hq, Hkv, D = len(cu_seqlens) - 1, q.shape[1], k.shape[1], q.shape[2]
-    cu_seqlens = cu_seqlens.long()
     index, L = pad_index(cu_seqlens)
-
-    def pad(x):  # [T, H, D] -> [B, H, L, D]
-        out = x.new_zeros(B * L, *x.shape[1:]).index_copy(0, index, x)
-        return out.view(B, L, *x.shape[1:]).transpose(1, 2)
-
-    out = F.scaled_dot_product_attention(
-        pad(q), pad(k), pad(v), is_causal=True, scale=scale, enable_gqa=Hq != Hkv
-    )  # [B, Hq, L, D]
-    return out.transpose(1, 2).reshape(B * L, Hq, D)[index]
+    q, k, v = (pad(x, index, len(cu_seqlens) - 1, L) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    return unpad(out, index)
 
 
 @jit
 def forward_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    cu_seqlens,
-    B,
-    T,
-    q_token,
-    q_head,
-    k_token,
-    k_head,
-    v_token,
-    v_head,
-    HEADS: tl.constexpr,  # query heads
-    GROUP: tl.constexpr,  # query heads per key head
-    D: tl.constexpr,
-    BD: tl.constexpr,  # D rounded up to a power of two
-    SCALE: tl.constexpr,  # softmax scale times log2(e)
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Grid (slots, Hq). q, k, v are read through their strides; out [T, Hq, D], lse [Hq, T]."""
+    q, k, v, out, lse, cu_seqlens, B, T, q_token, q_head, k_token, k_head, v_token, v_head,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    SCALE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Grid (slots, Hq). q, k, v are read through their strides; out [T, Hq, D], lse [Hq, T].
+    GROUP query heads to a key head; BD: D rounded up to a power of two; SCALE: scale * log2(e)."""
     slot = tl.num_programs(0) - 1 - tl.program_id(0)  # a sequence's last tile is its longest
     head = tl.program_id(1)
     _, start, length, first = find_tile(cu_seqlens, B, slot, BM, CHUNK)
@@ -111,9 +86,8 @@ def forward_kernel(
     d = tl.arange(0, BD)
     in_row, in_d = rows < length, d < D
     tokens = (start + rows).to(tl.int64)
-    q_tile = load_tile(
-        q + tokens[:, None] * q_token + head * q_head + d[None, :], in_row, in_d, True, D < BD
-    )
+    q_at = q + tokens[:, None] * q_token + head * q_head + d[None, :]
+    q_tile = load_tile(q_at, in_row, in_d, True, D < BD)
     # A walk that carried its pointers along would hold 64-bit tiles of them in registers.
     keys = tl.arange(0, BN)
     k += start.to(tl.int64) * k_token + head // GROUP * k_head
@@ -123,18 +97,16 @@ def forward_kernel(
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
     diagonal = first // BN * BN  # the keys before it are seen by all rows of the tile
-    for n in range(0, diagonal, BN):
-        at = (n + keys).to(tl.int64)[:, None]
-        k_tile = load_tile(k + at * k_token + d[None, :], in_row, in_d, False, D < BD)
-        v_tile = load_tile(v + at * v_token + d[None, :], in_row, in_d, False, D < BD)
-        top, total, acc = attend(q_tile, k_tile, v_tile, True, top, total, acc, SCALE, False)
-    for n in range(diagonal, tl.minimum(first + BM, length), BN):
-        columns = n + keys
-        at = columns.to(tl.int64)[:, None]
-        k_tile = load_tile(k + at * k_token + d[None, :], columns < length, in_d, True, D < BD)
-        v_tile = load_tile(v + at * v_token + d[None, :], columns < length, in_d, True, D < BD)
-        seen = rows[:, None] >= columns[None, :]
-        top, total, acc = attend(q_tile, k_tile, v_tile, seen, top, total, acc, SCALE, True)
+    for MASKED in tl.static_range(2):  # two loops: the compiler writes one for each value
+        end = tl.minimum(first + BM, length) if MASKED else diagonal
+        for n in range(diagonal * MASKED, end, BN):
+            columns = n + keys
+            at = columns.to(tl.int64)[:, None]
+            k_at, inside = k + at * k_token + d[None, :], columns < length
+            k_tile = load_tile(k_at, inside, in_d, MASKED, D < BD)
+            v_tile = load_tile(v + at * v_token + d[None, :], inside, in_d, MASKED, D < BD)
+            seen = rows[:, None] >= columns[None, :]
+            top, total, acc = attend(q_tile, k_tile, v_tile, seen, top, total, acc, SCALE, MASKED)
 
     acc = acc / total[:, None]
     out_at = out + (tokens * HEADS + head)[:, None] * D + d[None, :]
@@ -144,30 +116,15 @@ def forward_kernel(
 
 def forward(q, k, v, cu_seqlens, scale):
     """Launch the forward kernel: out [T, Hq, D], and lse [Hq, T] in base 2, scale included."""
-    (T, Hq, D), Hkv, B = q.shape, k.shape[1], len(cu_seqlens) - 1
+    (T, Hq, D), B = q.shape, len(cu_seqlens) - 1
+    shape = attention_tiles.constants(q, k.shape[1], scale)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(Hq, T, dtype=torch.float32, device=q.device)
     choice = tile("attention_forward", q, D=D)
-    forward_kernel[(slots(T, B, choice["BM"]), Hq)](
-        q,
-        k,
-        v,
-        out,
-        lse,
-        cu_seqlens,
-        B,
-        T,
-        *q.stride()[:2],
-        *k.stride()[:2],
-        *v.stride()[:2],
-        HEADS=Hq,
-        GROUP=Hq // Hkv,
-        D=D,
-        BD=triton.next_power_of_2(D),
-        SCALE=scale * math.log2(math.e),
-        CHUNK=slots_chunk(B),
-        **choice,
-    )
+    forward_kernel[(attention_tiles.slots(T, B, choice["BM"]), Hq)](
+        q, k, v, out, lse, cu_seqlens, B, T, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        CHUNK=attention_tiles.slots_chunk(B), **shape, **choice,
+    )  # fmt: skip
     return out, lse
 
 
@@ -215,29 +172,17 @@ def attention(q, k, v, cu_seqlens, scale=None, impl="auto"):
         return reference(q, k, v, cu_seqlens, scale)
     if scale <= 0:
         raise ValueError(f"attention: scale must be positive, not {scale}")
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"attention: {q.shape[1]} query heads over {k.shape[1]} key heads")
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    return Attention.apply(q, k, v, cu_seqlens.to(torch.int32), scale)
+    return Attention.apply(*map(dense, (q, k, v)), cu_seqlens.to(torch.int32), scale)
 
 
 def probe(device, dtype):
-    """A small case through kernels and reference, for `dispatch.trial`: out, dq, dk, dv of each."""
+    """The trial launch: three sequences, one of them a single token."""
+    kind = {"device": device, "dtype": dtype, "requires_grad": True}
     cu_seqlens = torch.tensor([0, 150, 151, 230], dtype=torch.int32, device=device)
-    heads = (4, 2, 2)
-    q, k, v = (torch.randn(230, h, 64, device=device, dtype=dtype) for h in heads)
-    grad = torch.randn_like(q)
-
-    def run(impl):
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = attention(*leaves, cu_seqlens, impl=impl)
-        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
-
-    return run("triton"), run("torch")
+    return both_ways(attention, *(torch.randn(230, h, 64, **kind) for h in (4, 2, 2)), cu_seqlens)
 
 
 def aot_cases(arch):
-    """What `kernels/check.py` compiles here."""
-    for kind, constants, options in aot_rows("attention_forward", arch):
-        types = aot_signature(forward_kernel, kind)
-        yield f"attention_forward {kind}", forward_kernel, types, constants, options, kind == "bf16"
+    """What `kernels/check.py` compiles, forward and backward."""
+    kernels = {"forward": forward_kernel, "delta": delta_kernel, "dkdv": dkdv_kernel}
+    return attention_tiles.aot_cases(arch, "attention", kernels | {"dq": dq_kernel})

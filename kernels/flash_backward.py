@@ -6,9 +6,9 @@ With s = q k^T * scale, p = exp(s - lse), out = p v and the gradient g of out:
     delta[t] = sum_s p[t, s] dp[t, s] = out[t] . g[t]                dq = scale * ds k
 
 p and dp are made again tile by tile from q, k, v, g and the saved lse; `delta`, one number a row,
-comes first. dk and dv are sums over the rows below the diagonal, dq is a sum over the columns
-left of it. One kernel that did both would have to add one of them up across programs, with atomics,
-in an order that changes from run to run; so there are two, and p and dp are computed in both.
+comes first. dk and dv are sums over rows, dq is a sum over columns: one kernel for both would add
+one of them up across programs, with atomics, in another order each run; so there are two, and p
+and dp are computed in both.
 
     dkdv: a program owns BN keys      dq: a program owns BM rows
     of one key head, walks down       of one query head, walks right
@@ -25,26 +25,16 @@ in an order that changes from run to run; so there are two, and p and dp are com
         +----+
           the last rows, masked: a sequence need not end where a tile does
 
-Operations: 5 products are needed, 10 * Hq * D * L^2 / 2 for a sequence of L tokens; 7 are done (p
-and dp twice). So the count that benchmarks quote can reach 5/7 of the matrix rate at best.
-Bytes: q, k, v, out, g read, dq, dk, dv written, L * D * 2 * (4 Hq + 4 Hkv), some of it twice.
-
-In dkdv the tiles are computed transposed, p^T = exp(k q^T - lse), so that p^T and ds^T come out of
-one product in the registers where the next one wants its left operand.
+Of 7 products (p and dp twice) 5 are needed, 10 * Hq * D * L^2 / 2 operations for L tokens: that
+count, which benchmarks quote, can reach 5/7 of the matrix rate at best. In dkdv the tiles are
+transposed, p^T = exp(k q^T - lse), so that p^T and ds^T come out of one product in the registers
+where the next one wants its left operand.
 """
-
-import math
 
 import torch
 
-from kernels.attention_tiles import (
-    aot_rows,
-    aot_signature,
-    find_tile,
-    load_tile,
-    slots,
-    slots_chunk,
-)
+from kernels import attention_tiles
+from kernels.attention_tiles import find_tile, load_tile, slots
 from kernels.tiles import tile
 from kernels.triton_compat import jit, tl, triton
 
@@ -65,32 +55,6 @@ def delta_kernel(
 
 
 @jit
-def dkdv_step(
-    k, v, dk, dv, q_at, g_at, lse_at, delta_at, in_row, in_d, seen,
-    SCALE: tl.constexpr, MASKED: tl.constexpr, PADDED: tl.constexpr,
-):  # fmt: skip
-    """Add what BM rows of one query head contribute to dk and dv of this program's keys."""
-    q = load_tile(q_at, in_row, in_d, MASKED, PADDED)
-    g = load_tile(g_at, in_row, in_d, MASKED, PADDED)
-    if MASKED:  # exp2(x - inf) = 0: a row past the end weighs nothing
-        lse = tl.load(lse_at, mask=in_row, other=float("inf"))
-    else:
-        lse = tl.load(lse_at)
-    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * SCALE - lse[None, :])  # [BN, BM]
-    if MASKED:
-        p = tl.where(seen, p, 0.0)
-    dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")
-    dp = tl.dot(v, tl.trans(g), input_precision="ieee")
-    if MASKED:
-        delta = tl.load(delta_at, mask=in_row, other=0.0)
-    else:
-        delta = tl.load(delta_at)
-    ds = p * (dp - delta[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    return dk, dv
-
-
-@jit
 def dkdv_kernel(
     q, k, v, grad, lse, delta, dk, dv, cu_seqlens, B, T,
     q_token, q_head, k_token, k_head, v_token, v_head,
@@ -107,17 +71,15 @@ def dkdv_kernel(
     d = tl.arange(0, BD)
     in_column, in_d = columns < length, d < D
     keys = (start + columns).to(tl.int64)
-    k_tile = load_tile(
-        k + keys[:, None] * k_token + kv_head * k_head + d[None, :], in_column, in_d, True, D < BD
-    )
-    v_tile = load_tile(
-        v + keys[:, None] * v_token + kv_head * v_head + d[None, :], in_column, in_d, True, D < BD
-    )
+    k_at = k + keys[:, None] * k_token + kv_head * k_head + d[None, :]
+    k_tile = load_tile(k_at, in_column, in_d, True, D < BD)
+    v_at = v + keys[:, None] * v_token + kv_head * v_head + d[None, :]
+    v_tile = load_tile(v_at, in_column, in_d, True, D < BD)
     dk_acc = tl.zeros([BN, BD], tl.float32)
     dv_acc = tl.zeros([BN, BD], tl.float32)
 
     # Rows first .. length: DIAGONAL masked tiles, `full` tiles that see all keys, and a last one.
-    # One loop over (head, tile) each, so that loads run ahead across heads too.
+    # One loop over (head, tile) each, full ones first, so that loads run ahead across heads too.
     DIAGONAL: tl.constexpr = (BN + BM - 1) // BM
     below = tl.maximum(length - first - DIAGONAL * BM, 0)
     full = below // BM
@@ -126,49 +88,39 @@ def dkdv_kernel(
     grad += (start.to(tl.int64) * HEADS + kv_head * GROUP) * D
     lse += (kv_head * GROUP).to(tl.int64) * T + start
     delta += (kv_head * GROUP).to(tl.int64) * T + start
-    for step in range(0, GROUP * full):
-        g, i = step // full, step % full
-        rows = first + (DIAGONAL + i) * BM + tl.arange(0, BM)
-        at = rows.to(tl.int64)[:, None]
-        dk_acc, dv_acc = dkdv_step(
-            k_tile, v_tile, dk_acc, dv_acc,
-            q + g * q_head + at * q_token + d[None, :],
-            grad + g * D + at * (HEADS * D) + d[None, :],
-            lse + g * T + rows, delta + g * T + rows,
-            rows < length, in_d, True, SCALE, False, D < BD,
-        )  # fmt: skip
-    for step in tl.range(0, GROUP * masked, num_stages=1):
-        g, i = step // masked, step % masked
-        rows = first + tl.where(i < DIAGONAL, i, full + i) * BM + tl.arange(0, BM)
-        at = rows.to(tl.int64)[:, None]
-        dk_acc, dv_acc = dkdv_step(
-            k_tile, v_tile, dk_acc, dv_acc,
-            q + g * q_head + at * q_token + d[None, :],
-            grad + g * D + at * (HEADS * D) + d[None, :],
-            lse + g * T + rows, delta + g * T + rows,
-            rows < length, in_d, rows[None, :] >= columns[:, None], SCALE, True, D < BD,
-        )  # fmt: skip
+    for MASKED in tl.static_range(2):
+        count = masked if MASKED else full
+        for step in tl.range(0, GROUP * count, num_stages=1 if MASKED else None):
+            h, i = step // count, step % count
+            tile_row = tl.where(i < DIAGONAL, i, full + i) if MASKED else DIAGONAL + i
+            rows = first + tile_row * BM + tl.arange(0, BM)
+            at = rows.to(tl.int64)[:, None]
+            q_at = q + h * q_head + at * q_token + d[None, :]
+            g_at = grad + h * D + at * (HEADS * D) + d[None, :]
+            lse_at = lse + h * T + rows
+            delta_at = delta + h * T + rows
+            in_row = rows < length
+            seen = rows[None, :] >= columns[:, None]
+            q_tile = load_tile(q_at, in_row, in_d, MASKED, D < BD)
+            g_tile = load_tile(g_at, in_row, in_d, MASKED, D < BD)
+            # A row past the end weighs nothing: exp2(x - inf) = 0.
+            lse_row = (
+                tl.load(lse_at, mask=in_row, other=float("inf")) if MASKED else tl.load(lse_at)
+            )
+            logits = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * SCALE  # [BN, BM]
+            p = tl.exp2(logits - lse_row[None, :])
+            if MASKED:
+                p = tl.where(seen, p, 0.0)
+            dv_acc = tl.dot(p.to(g_tile.dtype), g_tile, dv_acc, input_precision="ieee")
+            dp = tl.dot(v_tile, tl.trans(g_tile), input_precision="ieee")
+            delta_row = tl.load(delta_at, mask=in_row, other=0.0) if MASKED else tl.load(delta_at)
+            ds = p * (dp - delta_row[None, :])
+            dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
     LN2: tl.constexpr = 0.6931471805599453
     key_at = (keys * (HEADS // GROUP) + kv_head)[:, None] * D + d[None, :]
     inside = in_column[:, None] & in_d[None, :]
     tl.store(dk + key_at, (dk_acc * (SCALE * LN2)).to(dk.dtype.element_ty), mask=inside)
     tl.store(dv + key_at, dv_acc.to(dv.dtype.element_ty), mask=inside)
-
-
-@jit
-def dq_step(
-    q, g, lse, delta, dq, k_at, v_at, in_column, in_d, seen,
-    SCALE: tl.constexpr, MASKED: tl.constexpr, PADDED: tl.constexpr,
-):  # fmt: skip
-    """Add what BN keys contribute to dq of this program's rows."""
-    k = load_tile(k_at, in_column, in_d, MASKED, PADDED)
-    v = load_tile(v_at, in_column, in_d, MASKED, PADDED)
-    p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE - lse[:, None])  # [BM, BN]
-    if MASKED:
-        p = tl.where(seen, p, 0.0)
-    dp = tl.dot(g, tl.trans(v), input_precision="ieee")
-    ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
 @jit
@@ -190,9 +142,8 @@ def dq_kernel(
     in_row, in_d = rows < length, d < D
     tokens = (start + rows).to(tl.int64)
     at = (tokens * HEADS + head)[:, None] * D + d[None, :]
-    q_tile = load_tile(
-        q + tokens[:, None] * q_token + head * q_head + d[None, :], in_row, in_d, True, D < BD
-    )
+    q_at = q + tokens[:, None] * q_token + head * q_head + d[None, :]
+    q_tile = load_tile(q_at, in_row, in_d, True, D < BD)
     g_tile = load_tile(grad + at, in_row, in_d, True, D < BD)
     row_at = head.to(tl.int64) * T + tokens
     lse_row = tl.load(lse + row_at, mask=in_row, other=float("inf"))
@@ -203,22 +154,24 @@ def dq_kernel(
 
     acc = tl.zeros([BM, BD], tl.float32)
     diagonal = first // BN * BN
-    for n in range(0, diagonal, BN):
-        columns = n + keys
-        key = columns.to(tl.int64)[:, None]
-        acc = dq_step(
-            q_tile, g_tile, lse_row, delta_row, acc,
-            k + key * k_token + d[None, :], v + key * v_token + d[None, :],
-            columns < length, in_d, True, SCALE, False, D < BD,
-        )  # fmt: skip
-    for n in range(diagonal, tl.minimum(first + BM, length), BN):
-        columns = n + keys
-        key = columns.to(tl.int64)[:, None]
-        acc = dq_step(
-            q_tile, g_tile, lse_row, delta_row, acc,
-            k + key * k_token + d[None, :], v + key * v_token + d[None, :],
-            columns < length, in_d, rows[:, None] >= columns[None, :], SCALE, True, D < BD,
-        )  # fmt: skip
+    for MASKED in tl.static_range(2):
+        end = tl.minimum(first + BM, length) if MASKED else diagonal
+        for n in range(diagonal * MASKED, end, BN):
+            columns = n + keys
+            key = columns.to(tl.int64)[:, None]
+            k_at = k + key * k_token + d[None, :]
+            v_at = v + key * v_token + d[None, :]
+            in_column = columns < length
+            seen = rows[:, None] >= columns[None, :]
+            k_tile = load_tile(k_at, in_column, in_d, MASKED, D < BD)
+            v_tile = load_tile(v_at, in_column, in_d, MASKED, D < BD)
+            logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * SCALE  # [BM, BN]
+            p = tl.exp2(logits - lse_row[:, None])
+            if MASKED:
+                p = tl.where(seen, p, 0.0)
+            dp = tl.dot(g_tile, tl.trans(v_tile), input_precision="ieee")
+            ds = p * (dp - delta_row[:, None])
+            acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
 
     LN2: tl.constexpr = 0.6931471805599453
     inside = in_row[:, None] & in_d[None, :]
@@ -228,40 +181,18 @@ def dq_kernel(
 def backward(q, k, v, out, lse, cu_seqlens, grad, scale):
     """Launch the three kernels: dq [T, Hq, D], dk and dv [T, Hkv, D] in the inputs' dtype."""
     (T, Hq, D), Hkv, B = q.shape, k.shape[1], len(cu_seqlens) - 1
-    grad = grad.contiguous()
-    delta = torch.empty_like(lse)
+    shape = attention_tiles.constants(q, Hkv, scale)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    BD = triton.next_power_of_2(D)
+    delta, grad = torch.empty_like(lse), grad.contiguous()
     choice = tile("attention_delta", q, D=D)
     delta_kernel[(triton.cdiv(T, choice["BM"]), Hq)](
-        out, grad, delta, T, HEADS=Hq, D=D, BD=BD, **choice
+        out, grad, delta, T, HEADS=Hq, D=D, BD=shape["BD"], **choice
     )
-    strides = [*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]]
-    shape = {
-        "HEADS": Hq,
-        "GROUP": Hq // Hkv,
-        "D": D,
-        "BD": BD,
-        "SCALE": scale * math.log2(math.e),
-        "CHUNK": slots_chunk(B),
-    }
+    inputs = q, k, v, grad, lse, delta
+    bounds = cu_seqlens, B, T, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]
+    shape["CHUNK"] = attention_tiles.slots_chunk(B)
     choice = tile("attention_dkdv", q, D=D)
-    dkdv_kernel[(slots(T, B, choice["BN"]), Hkv)](
-        q, k, v, grad, lse, delta, dk, dv, cu_seqlens, B, T, *strides, **shape, **choice
-    )
+    dkdv_kernel[(slots(T, B, choice["BN"]), Hkv)](*inputs, dk, dv, *bounds, **shape, **choice)
     choice = tile("attention_dq", q, D=D)
-    dq_kernel[(slots(T, B, choice["BM"]), Hq)](
-        q, k, v, grad, lse, delta, dq, cu_seqlens, B, T, *strides, **shape, **choice
-    )
+    dq_kernel[(slots(T, B, choice["BM"]), Hq)](*inputs, dq, *bounds, **shape, **choice)
     return dq, dk, dv
-
-
-def aot_cases(arch):
-    """What `kernels/check.py` compiles here."""
-    kernels = {"delta": delta_kernel, "dkdv": dkdv_kernel, "dq": dq_kernel}
-    for op, function in kernels.items():
-        for kind, constants, options in aot_rows(f"attention_{op}", arch):
-            types = aot_signature(function, kind)
-            constants = {k: v for k, v in constants.items() if k in function.arg_names}
-            cores = kind == "bf16" and op != "delta"
-            yield f"attention_{op} {kind}", function, types, constants, options, cores

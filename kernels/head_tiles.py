@@ -1,10 +1,9 @@
 """What the two heads, log-prob and sampling, do with a tile of logits that is never stored.
 
-Both ask of hidden [N, H] @ weight[V, H].T only what a running sum or a running maximum can tell, so
-both cut the vocabulary in tiles, make a [BM, BN] tile of logits in registers (`logits_tile`), take
-it into the sums of a softmax (`online_step`), and forget it. Different programs do different parts
-of the vocabulary; their sums meet in `merge_sums`. That sampler and trainer share this file is why
-the log-probs they report of a token agree.
+Both ask of hidden [N, H] @ weight[V, H].T only what a running sum or maximum can tell, so both cut
+the vocabulary in tiles, make a [BM, BN] tile of logits in registers (`logits_tile`), take it into
+the sums of a softmax (`online_step`), and forget it. The sums of different parts of the vocabulary
+meet in `merge_sums`. Sharing this file is why sampler and trainer agree on a token's log-prob.
 
 Triton in eight lines, for a reader who knows PyTorch. A kernel is launched as kernel[grid](...) and
 then runs as grid[0] programs, each of which asks `tl.program_id(0)` who it is. Within a program one
@@ -20,7 +19,8 @@ import math
 
 import torch
 
-from kernels.triton_compat import HAVE_TRITON, jit, tl
+from kernels.tiles import aot_case, choices, tile
+from kernels.triton_compat import HAVE_TRITON, jit, tl, triton
 
 if HAVE_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -62,13 +62,12 @@ def load_tile(
     the tile. Else matrix is a pointer, and every thread works out its own addresses.
     """
     if TMA:
-        tile = matrix.load([row, k])
+        return matrix.load([row, k])
     else:
         r, c = row + tl.arange(0, R), k + tl.arange(0, K)
         inside = (r < rows)[:, None] & (c < H)[None, :]
         at = matrix + r.to(tl.int64)[:, None] * stride + c[None, :]
-        tile = tl.load(at, mask=inside, other=0.0)
-    return tile
+        return tl.load(at, mask=inside, other=0.0)
 
 
 @jit
@@ -156,3 +155,39 @@ def padded(x):
 def handle(x, rows, columns, tma):
     """What a kernel gets for a matrix: a descriptor for tiles of this size, or the pointer."""
     return TensorDescriptor.from_tensor(x, [rows, columns]) if tma else x
+
+
+def operands(hidden, weight, choice):
+    """What a kernel gets of its two matrices: both of them, and H with the strides of both."""
+    hidden, weight = padded(hidden), padded(weight)
+    BM, BN, BK, TMA = (choice[name] for name in ("BM", "BN", "BK", "TMA"))
+    strides = hidden.shape[1], hidden.stride(0), weight.stride(0)
+    return (handle(hidden, BM, BK, TMA), handle(weight, BN, BK, TMA)), strides
+
+
+def grid_of(N, V, choice):
+    """Row tiles times splits of the vocabulary, and how many splits that is."""
+    splits = triton.cdiv(V, choice["TILES"] * choice["BN"])
+    return (triton.cdiv(N, choice["BM"]) * splits,), splits
+
+
+def merge(kernel, tensors, N, splits):
+    """Launch the small kernel that makes each row's results of what its splits left behind."""
+    choice = tile("logprob_merge", tensors[0])
+    kernel[(triton.cdiv(N, choice["BR"]),)](*tensors, N, splits, **choice)
+
+
+def aot_cases(arch, merge_name, merge_kernel, **kernels):
+    """What `kernels/check.py` compiles of a head: each tile of each kernel, by the table's name."""
+    for op, function in kernels.items():
+        for limits, values in choices(op, arch):
+            kind = "bf16" if limits.get("bytes") == 2 else "fp32"
+            tiles = {"hidden": ("BM", "BK"), "weight": ("BN", "BK"), "dlogits": ("BM", "BN")}
+            types = {
+                name: f"tensordesc<{kind}[{values[rows]},{values[columns]}]>"
+                for name, (rows, columns) in tiles.items()
+                if values["TMA"] and name in function.arg_names
+            }
+            yield aot_case(f"{op} {kind}", function, values, kind, kind == "bf16", types)
+    for _, values in choices("logprob_merge", arch):
+        yield aot_case(merge_name, merge_kernel, values)

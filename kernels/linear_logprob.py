@@ -9,11 +9,7 @@ token that was sampled and the entropy of the distribution it was sampled from:
     entropy = -sum_j p_j log p_j = lse - sum_j p_j x_j   with  p_j = exp(x_j - lse)          [N]
 
 So make a tile of logits, take from it what those sums need, and forget it. Read `head_tiles.py`
-first (a page: the tile of logits, the softmax that streams, what Triton is), then from here:
-
-    1. `forward_kernel`   four numbers per row and part of the vocabulary; `merge_kernel` adds up
-    2. `dlogits_kernel`   the gradient of a tile of logits, from a tile made again
-    3. `forward`, `backward`, `LogProb`, `logprob`    launching them
+first: the tile of logits, the softmax that streams, what Triton is.
 
 Tiling of the forward pass, and who does what (TILES = 2):
 
@@ -23,10 +19,9 @@ Tiling of the forward pass, and who does what (TILES = 2):
                   +----+----+----+----+----+--       row behind, and a small kernel merges those
                   | program | program | ...          of a row over all programs.
 
-Cost: forward is one matrix product, 2 N H V floating-point operations; the bytes are hidden and
-weight, 2 (N + V) H in bf16, read about once thanks to the order of the programs (`my_tile`), and 16
-bytes for each row and program. At N = 8192, H = 4096, V = 151,936 that is 10.2 TFLOP against 1.3
-GB: the matrix units are the limit, by a factor of 40. Backward is three such products: the logits
+Cost: forward is one matrix product, 2 N H V operations on 2 (N + V) H bytes (bf16), read about once
+thanks to the order of the programs (`my_tile`). At N = 8192, H = 4096, V = 151,936 that is 10.2
+TFLOP against 1.3 GB: the matrix units are the limit. Backward is three such products: the logits
 again (cheaper than having kept them), then dhidden and dweight, which are left to cuBLAS.
 """
 
@@ -34,19 +29,10 @@ import math
 
 import torch
 
-from kernels.dispatch import choose
-from kernels.head_tiles import (
-    LN2,
-    LOG2E,
-    LOWEST,
-    handle,
-    logits_tile,
-    merge_sums,
-    my_tile,
-    online_step,
-    padded,
-)
-from kernels.tiles import choices, compile_time, tile
+from kernels import head_tiles
+from kernels.dispatch import both_ways, choose
+from kernels.head_tiles import LN2, LOG2E, LOWEST, logits_tile, merge_sums, my_tile, online_step
+from kernels.tiles import tile
 from kernels.triton_compat import jit, tl, triton
 
 IGNORE = -100  # a target that counts for nothing: log-prob 0, entropy 0, no gradient
@@ -61,11 +47,7 @@ def reference(hidden, weight, targets, temperature=1.0):
     keep = targets != IGNORE
     chosen = logp.gather(1, targets.clamp(min=0)[:, None])[:, 0]
     entropy = -(logp.exp() * logp).sum(-1)
-    zero = torch.zeros((), dtype=wide, device=hidden.device)
-    return torch.where(keep, chosen, zero), torch.where(keep, entropy, zero)
-
-
-# 1. Forward.
+    return torch.where(keep, chosen, 0.0), torch.where(keep, entropy, 0.0)
 
 
 @jit
@@ -130,9 +112,6 @@ def merge_kernel(
     tl.store(lse + rows, top + bits, mask=inside)
 
 
-# 2. Backward: the gradient of the logits, tile by tile.
-
-
 @jit
 def dlogits_kernel(
     hidden, weight, dlogits, targets, lse, entropy, grad_logp, grad_entropy,
@@ -180,67 +159,11 @@ def dlogits_kernel(
         tl.store(at, d.to(dlogits.dtype.element_ty), mask=inside[:, None] & (c < width)[None, :])
 
 
-# 3. Launching.
-
-
-def forward(hidden, weight, targets, temperature):
-    """Launch the forward kernels: logp [N], entropy [N] in nats, lse [N] in bits."""
-    hidden, weight = padded(hidden), padded(weight)
-    (N, H), V = hidden.shape, weight.shape[0]
-    choice = tile("logprob_forward", hidden, N=N)
-    BM, BN, BK, TMA = (choice[name] for name in ("BM", "BN", "BK", "TMA"))
-    splits = triton.cdiv(V, choice["TILES"] * BN)
-    parts = torch.empty(4, splits, N, dtype=torch.float32, device=hidden.device).unbind()
-    forward_kernel[(triton.cdiv(N, BM) * splits,)](
-        handle(hidden, BM, BK, TMA), handle(weight, BN, BK, TMA), targets, *parts,
-        N, V, H, hidden.stride(0), weight.stride(0), splits, LOG2E / temperature, **choice,
-    )  # fmt: skip
-    results = torch.empty(3, N, dtype=torch.float32, device=hidden.device).unbind()
-    choice = tile("logprob_merge", hidden)
-    grid = (triton.cdiv(N, choice["BR"]),)
-    merge_kernel[grid](*parts, targets, *results, N, splits, **choice)
-    return results
-
-
 def product_fp32(a, b):
     """a @ b with the result in fp32, not rounded to the inputs' type."""
-    if a.dtype == torch.float32:
-        return a @ b
-    if a.is_cuda:
+    if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
-
-
-def backward(hidden, weight, targets, lse, entropy, grad_logp, grad_entropy, temperature, needs):
-    """Gradients of hidden and weight (None where `needs` is false).
-
-    A chunk of words at a time, because dlogits [N, V] would not fit. Chunks of the vocabulary and
-    not of the tokens: each row of dweight is then finished by one product, and only dhidden, the
-    small one, is a sum over chunks. No atomics, a fixed order: the same bits in every run.
-    """
-    (N, H), V = hidden.shape, weight.shape[0]
-    choice = tile("logprob_backward", hidden)
-    BM, BN, BK, TMA = (choice[name] for name in ("BM", "BN", "BK", "TMA"))
-    x, w = padded(hidden), padded(weight)
-    matrices = handle(x, BM, BK, TMA), handle(w, BN, BK, TMA)
-    strides = x.shape[1], x.stride(0), w.stride(0)
-    chunk = chunk_words(N, V, hidden.element_size())
-    dlogits = torch.empty(N, chunk, dtype=hidden.dtype, device=hidden.device)
-    dhidden = torch.zeros(N, H, dtype=torch.float32, device=hidden.device) if needs[0] else None
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
-    for first in range(0, V, chunk):
-        part = dlogits[:, : min(chunk, V - first)]  # [N, width]
-        tiles = triton.cdiv(N, BM) * triton.cdiv(part.shape[1], BN)
-        dlogits_kernel[(tiles,)](
-            *matrices, handle(part, BM, BN, TMA), targets, lse, entropy, grad_logp, grad_entropy,
-            first, part.shape[1], N, *strides, chunk, LOG2E / temperature, **choice,
-        )  # fmt: skip
-        words = slice(first, first + part.shape[1])
-        if needs[0]:
-            dhidden += product_fp32(part, weight[words])  # [N, width] @ [width, H]
-        if needs[1]:
-            torch.mm(part.T, hidden, out=dweight[words])  # [width, N] @ [N, H]
-    return dhidden.to(hidden.dtype) if needs[0] else None, dweight
 
 
 def chunk_words(N, V, element_size):
@@ -255,17 +178,50 @@ class LogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
-        logp, entropy, lse = forward(hidden, weight, targets, temperature)
+        N, V = len(hidden), len(weight)
+        choice = tile("logprob_forward", hidden, N=N)
+        matrices, strides = head_tiles.operands(hidden, weight, choice)
+        grid, splits = head_tiles.grid_of(N, V, choice)
+        parts = torch.empty(4, splits, N, dtype=torch.float32, device=hidden.device).unbind()
+        sizes = N, V, *strides, splits
+        ctx.scale = LOG2E / temperature
+        forward_kernel[grid](*matrices, targets, *parts, *sizes, ctx.scale, **choice)
+        results = torch.empty(3, N, dtype=torch.float32, device=hidden.device).unbind()
+        head_tiles.merge(merge_kernel, (*parts, targets, *results), N, splits)
+        logp, entropy, lse = results
         ctx.save_for_backward(hidden, weight, targets, lse, entropy)
-        ctx.temperature = temperature
         return logp, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_logp, grad_entropy):
-        grads = grad_logp.contiguous(), grad_entropy.contiguous()
-        needs = ctx.needs_input_grad[:2]
-        return *backward(*ctx.saved_tensors, *grads, ctx.temperature, needs), None, None
+    def backward(ctx, *grads):
+        """A chunk of words at a time, because dlogits [N, V] would not fit. Of words and not of
+        tokens: each row of dweight is then finished by one product, and only dhidden, the small
+        one, is a sum over chunks. No atomics, a fixed order: the same bits in every run."""
+        hidden, weight, *rows = ctx.saved_tensors
+        rows += [grad.contiguous() for grad in grads]
+        (N, H), V = hidden.shape, len(weight)
+        choice = tile("logprob_backward", hidden)
+        BM, BN, TMA = choice["BM"], choice["BN"], choice["TMA"]
+        matrices, strides = head_tiles.operands(hidden, weight, choice)
+        chunk = chunk_words(N, V, hidden.element_size())
+        dlogits = torch.empty(N, chunk, dtype=hidden.dtype, device=hidden.device)
+        needs, device = ctx.needs_input_grad, hidden.device
+        dhidden = torch.zeros(N, H, dtype=torch.float32, device=device) if needs[0] else None
+        dweight = torch.empty(V, H, dtype=weight.dtype, device=device) if needs[1] else None
+        for first in range(0, V, chunk):
+            part = dlogits[:, : min(chunk, V - first)]  # [N, width]
+            width = part.shape[1]
+            dlogits_kernel[(triton.cdiv(N, BM) * triton.cdiv(width, BN),)](
+                *matrices, head_tiles.handle(part, BM, BN, TMA), *rows, first, width, N,
+                *strides, chunk, ctx.scale, **choice,
+            )  # fmt: skip
+            words = slice(first, first + width)
+            if needs[0]:
+                dhidden += product_fp32(part, weight[words])  # [N, width] @ [width, H]
+            if needs[1]:
+                torch.mm(part.T, hidden, out=dweight[words])  # [width, N] @ [N, H]
+        return dhidden.to(hidden.dtype) if needs[0] else None, dweight, None, None
 
 
 def logprob(hidden, weight, targets, temperature=1.0, impl="auto"):
@@ -282,36 +238,15 @@ def logprob(hidden, weight, targets, temperature=1.0, impl="auto"):
 
 
 def probe(device, dtype):
-    """The trial launch: outputs and gradients of the kernels and of the reference, odd sizes."""
-    sides = []
-    x = torch.randn(70, 128, device=device, dtype=dtype)
-    w = torch.randn(1000, 128, device=device, dtype=dtype) / 4
+    """The trial launch, at odd sizes and with a target to ignore."""
+    hidden = torch.randn(70, 128, device=device, dtype=dtype, requires_grad=True)
+    weight = (torch.randn(1000, 128, device=device, dtype=dtype) / 4).requires_grad_()
     targets = torch.randint(0, 1000, (70,), device=device)
     targets[3] = IGNORE
-    for impl in ("triton", "torch"):
-        hidden, weight = x.clone().requires_grad_(), w.clone().requires_grad_()
-        logp, entropy = logprob(hidden, weight, targets, 0.7, impl=impl)
-        (logp.sum() + entropy.square().sum()).backward()
-        sides.append((logp.detach(), entropy.detach(), hidden.grad, weight.grad))
-    return sides
+    return both_ways(logprob, hidden, weight, targets, 0.7)
 
 
 def aot_cases(arch):
     """What `kernels/check.py` compiles: each shipped tile of each kernel."""
-    common = dict.fromkeys(("N", "V", "splits", "first", "width"), "i32")
-    strides = "hidden_stride", "weight_stride", "dlogits_stride"
-    common |= dict.fromkeys(("H", *strides), "i32:16") | {"targets": "*i64"}
-    common |= dict.fromkeys(("tops", "totals", "moments", "chosen", "lse", "entropy"), "*fp32")
-    common |= dict.fromkeys(("grad_logp", "grad_entropy", "logp"), "*fp32")
-    for op, function in (("logprob_forward", forward_kernel), ("logprob_backward", dlogits_kernel)):
-        for limits, values in choices(op, arch):
-            kind = "bf16" if limits.get("bytes") == 2 else "fp32"
-            types = {"scale": "fp32"}
-            tiles = (("hidden", "BM", "BK"), ("weight", "BN", "BK"), ("dlogits", "BM", "BN"))
-            for name, rows, columns in tiles:
-                descriptor = f"tensordesc<{kind}[{values[rows]},{values[columns]}]>"
-                types[name] = descriptor if values["TMA"] else f"*{kind}"
-            case = function, {**common, **types}, *compile_time(values), kind == "bf16"
-            yield f"{op} {kind}", *case
-    for _, values in choices("logprob_merge", arch):
-        yield "logprob_merge", merge_kernel, common, *compile_time(values), False
+    kernels = {"logprob_forward": forward_kernel, "logprob_backward": dlogits_kernel}
+    return head_tiles.aot_cases(arch, "logprob_merge", merge_kernel, **kernels)

@@ -6,15 +6,12 @@ pool without fragmentation, and two sequences with a common beginning can list t
 `paged_attention` is decoding (one new token each); `paged_prefill` lets several new tokens of a
 sequence attend to all that is cached of it, themselves included.
 
-Decoding reads each cached key and value once and does 4 * GROUP * D operations with its 4 * D
-bytes (bf16): GROUP operations a byte, 7 for Qwen2.5-7B, where an H200 could do 180. So memory is
-the limit, and all is arranged to read the cache once, from all processors, without gaps:
-
-    the GROUP query heads of one key head are the rows of one tile (padded to 16, what a tensor
-    core takes), so a key is loaded once for all of them;
-
-    sequences are cut in splits of SPLIT = 512 tokens, each a work item of its own, so that one
-    sequence of 128k tokens fills the machine as well as 512 short ones do:
+Decoding does GROUP operations for each byte of the cache (bf16), 7 for Qwen2.5-7B, where an H200
+could do 180. So memory is the limit, and all is arranged to read the cache once, from all
+processors, without gaps. The GROUP query heads of one key head are the rows of one tile (padded to
+16, what a tensor core takes), so a key is loaded once for all of them. Sequences are cut in splits
+of SPLIT = 512 tokens, each a work item, so that one sequence of 128k tokens fills the machine as
+well as 512 short ones do:
 
         sequence 0   |----512----|----512----|--300--|          items 0 1 2
         sequence 1   |-90-|                                     item  3
@@ -25,29 +22,19 @@ the limit, and all is arranged to read the cache once, from all processors, with
     a split leaves (out, lse) of its tokens in fp32; `combine_kernel` weighs them together:
         out = sum_i 2^(lse_i - L) out_i,   2^L = sum_i 2^lse_i
 
-Where a split begins depends on the sequence alone, never on the batch or the machine: the same
-sequence gives the same bits in any company. Programs find their items from `seq_lens` on the
-device; the grid depends on shapes only, so a launch can be captured in a CUDA graph. The workspace
-is B * splits * Hq * (D + 1) floats, splits = ceil(M * block_size / 512): hand in tables no
-wider than the longest sequence may become (28 heads of 128, 256 sequences of 16k: 118 MB).
+Where a split begins depends on the sequence alone: it gives the same bits in any company. Programs
+find their items from `seq_lens` on the device; the grid depends on shapes only, so a launch can be
+captured in a CUDA graph. The workspace is B * splits * Hq * (D + 1) floats, splits = ceil(M *
+block_size / 512): hand in tables no wider than the longest sequence may become.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
 
-from kernels.attention_tiles import (
-    aot_rows,
-    aot_signature,
-    attend,
-    find_tile,
-    load_tile,
-    slots,
-    slots_chunk,
-)
-from kernels.dispatch import choose
-from kernels.flash_attention import pad_index
+from kernels import attention_tiles
+from kernels.attention_tiles import attend, constants, find_tile, load_tile
+from kernels.dispatch import both_ways, choose, dense
+from kernels.flash_attention import pad, pad_index, unpad
 from kernels.tiles import tile
 from kernels.triton_compat import jit, tl, triton
 
@@ -61,31 +48,26 @@ def gather(cache, block_tables):
     return rows.view(B, M * cache.shape[1], *cache.shape[2:]).transpose(1, 2)
 
 
-def reference_decode(q, k_cache, v_cache, block_tables, seq_lens, scale=None):
-    """Gather each sequence's blocks and attend with the positions past its end masked."""
+def attend_gathered(q, k_cache, v_cache, block_tables, last, scale):
+    """Gather each sequence's blocks; query [B, Hq, L, D] sees the positions up to last [B, L]."""
     k, v = gather(k_cache, block_tables), gather(v_cache, block_tables)
-    mask = torch.arange(k.shape[2], device=q.device) < seq_lens[:, None]  # [B, S]
-    out = F.scaled_dot_product_attention(
-        q[:, :, None], k, v, mask[:, None, None], scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )  # [B, Hq, 1, D]
-    return out[:, :, 0]
+    mask = torch.arange(k.shape[2], device=q.device) <= last[..., None]  # [B, L, S]
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask[:, None], scale=scale, enable_gqa=grouped)
+
+
+def reference_decode(q, k_cache, v_cache, block_tables, seq_lens, scale=None):
+    """The one query of each sequence sits at its end."""
+    last = seq_lens[:, None] - 1
+    return attend_gathered(q[:, :, None], k_cache, v_cache, block_tables, last, scale)[:, :, 0]
 
 
 def reference_prefill(q, k_cache, v_cache, block_tables, cu_seqlens, seq_lens, scale=None):
     """The new tokens are the last ones of each sequence: query i sits at seq_len - new + i."""
-    Hq, D = q.shape[1:]
-    B = len(seq_lens)
-    cu_seqlens = cu_seqlens.long()
     index, L = pad_index(cu_seqlens)
-    k, v = gather(k_cache, block_tables), gather(v_cache, block_tables)
-    padded = q.new_zeros(B * L, Hq, D).index_copy(0, index, q).view(B, L, Hq, D).transpose(1, 2)
-    first = (seq_lens - cu_seqlens.diff())[:, None]  # position of each sequence's first new token
-    limit = first + torch.arange(L, device=q.device)  # [B, L] position of each query
-    mask = torch.arange(k.shape[2], device=q.device) <= limit[..., None]  # [B, L, S]
-    out = F.scaled_dot_product_attention(
-        padded, k, v, mask[:, None], scale=scale, enable_gqa=Hq != k.shape[1]
-    )  # [B, Hq, L, D]
-    return out.transpose(1, 2).reshape(B * L, Hq, D)[index]
+    q = pad(q, index, len(seq_lens), L)
+    last = (seq_lens - cu_seqlens.diff())[:, None] + torch.arange(L, device=q.device)
+    return unpad(attend_gathered(q, k_cache, v_cache, block_tables, last, scale), index)
 
 
 @jit
@@ -101,10 +83,8 @@ def paged_tile(
     """
     tokens = n + tl.arange(0, BN)
     inside = tokens < length
-    if MASKED:
-        page = tl.load(table + tokens // PAGE, mask=inside, other=0).to(tl.int64)
-    else:
-        page = tl.load(table + tokens // PAGE).to(tl.int64)
+    page_at = table + tokens // PAGE
+    page = (tl.load(page_at, mask=inside, other=0) if MASKED else tl.load(page_at)).to(tl.int64)
     row = tokens % PAGE
     k_at = k_cache + (page * k_page + row * k_token)[:, None] + d[None, :]
     v_at = v_cache + (page * v_page + row * v_token)[:, None] + d[None, :]
@@ -133,9 +113,8 @@ def decode_kernel(
         sequence = tl.sum(before.to(tl.int32), 0).to(tl.int64)
         split = item - tl.max(tl.where(before, ends, 0), 0)
         length = tl.minimum(tl.load(seq_lens + sequence), capacity)
-        q_tile = load_tile(
-            q + sequence * q_row + head[:, None] * q_head + d[None, :], in_g, in_d, True, D < BD
-        )
+        q_at = q + sequence * q_row + head[:, None] * q_head + d[None, :]
+        q_tile = load_tile(q_at, in_g, in_d, True, D < BD)
         top = tl.full([BG], -float("inf"), tl.float32)
         total = tl.zeros([BG], tl.float32)
         acc = tl.zeros([BG, BD], tl.float32)
@@ -170,9 +149,8 @@ def combine_kernel(
         split = base + tl.arange(0, BS)
         at = (sequence * splits + split) * HEADS + head
         lse = tl.load(part_lse + at, mask=split < used, other=-float("inf"))
-        values = load_tile(
-            part + at[:, None] * D + d[None, :], split < used, d < D, True, D < BD
-        )  # [BS, BD]
+        values_at = part + at[:, None] * D + d[None, :]
+        values = load_tile(values_at, split < used, d < D, True, D < BD)  # [BS, BD]
         new_top = tl.maximum(top, tl.max(lse, 0))
         weight = tl.exp2(lse - new_top)
         shrink = tl.exp2(top - new_top)
@@ -207,9 +185,8 @@ def prefill_kernel(
     before = length - new  # tokens that were cached already
     position = before + token
     rows = (start + token).to(tl.int64)
-    q_tile = load_tile(
-        q + (rows * q_token + head * q_head)[:, None] + d[None, :], in_row, in_d, True, D < BD
-    )
+    q_at = q + (rows * q_token + head * q_head)[:, None] + d[None, :]
+    q_tile = load_tile(q_at, in_row, in_d, True, D < BD)
     k_cache += kv_head * k_head
     v_cache += kv_head * v_head
     table = block_tables + sequence.to(tl.int64) * table_row
@@ -218,83 +195,19 @@ def prefill_kernel(
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
     diagonal = (before + first + 1) // BN * BN  # the keys before it are seen by all rows
-    for n in range(0, diagonal, BN):
-        k, v = paged_tile(
-            k_cache, v_cache, table, n, length, d, in_d,
-            k_page, k_token, v_page, v_token, PAGE, BN, False, D < BD,
-        )  # fmt: skip
-        top, total, acc = attend(q_tile, k, v, True, top, total, acc, SCALE, False)
-    for n in range(diagonal, tl.minimum(before + first + TOKENS, length), BN):
-        k, v = paged_tile(
-            k_cache, v_cache, table, n, length, d, in_d,
-            k_page, k_token, v_page, v_token, PAGE, BN, True, D < BD,
-        )  # fmt: skip
-        seen = position[:, None] >= (n + tl.arange(0, BN))[None, :]
-        top, total, acc = attend(q_tile, k, v, seen, top, total, acc, SCALE, True)
+    for MASKED in tl.static_range(2):
+        end = tl.minimum(before + first + TOKENS, length) if MASKED else diagonal
+        for n in range(diagonal * MASKED, end, BN):
+            k, v = paged_tile(
+                k_cache, v_cache, table, n, length, d, in_d,
+                k_page, k_token, v_page, v_token, PAGE, BN, MASKED, D < BD,
+            )  # fmt: skip
+            seen = position[:, None] >= (n + tl.arange(0, BN))[None, :]
+            top, total, acc = attend(q_tile, k, v, seen, top, total, acc, SCALE, MASKED)
 
     out_at = out + ((rows * HEADS + head) * D)[:, None] + d[None, :]
     inside = in_row[:, None] & in_d[None, :]
     tl.store(out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
-
-
-def constants(q, k_cache, scale):
-    """What both kernels know at compile time of shapes: heads, head size, scale, page."""
-    (Hq, D), Hkv = q.shape[1:], k_cache.shape[2]
-    if Hq % Hkv:
-        raise ValueError(f"paged attention: {Hq} query heads over {Hkv} key heads")
-    return {
-        "HEADS": Hq,
-        "GROUP": Hq // Hkv,
-        "D": D,
-        "BD": triton.next_power_of_2(D),
-        "SCALE": scale * math.log2(math.e),
-        "PAGE": k_cache.shape[1],
-    }
-
-
-def decode(q, k_cache, v_cache, block_tables, seq_lens, scale):
-    """Launch the split and the combine kernel. Nothing here reads a value from the device."""
-    (B, Hq, D), Hkv = q.shape, k_cache.shape[2]
-    shape = constants(q, k_cache, scale)
-    capacity = block_tables.shape[1] * k_cache.shape[1]
-    splits = triton.cdiv(capacity, SPLIT)
-    part = torch.empty(B, splits, Hq, D, dtype=torch.float32, device=q.device)
-    part_lse = torch.empty(B, splits, Hq, dtype=torch.float32, device=q.device)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    choice = tile("paged_decode", q, D=D)
-    programs = min(B * splits, max(1, choice.pop("PROGRAMS") // Hkv))
-    decode_kernel[(programs, Hkv)](
-        q, k_cache, v_cache, part, part_lse, block_tables, seq_lens, B, splits, capacity,
-        block_tables.stride(0), *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
-        BG=max(16, triton.next_power_of_2(Hq // Hkv)),
-        BB=max(64, triton.next_power_of_2(B)),
-        SPLIT=SPLIT,
-        **shape,
-        **choice,
-    )  # fmt: skip
-    combine_kernel[(B, Hq)](
-        part, part_lse, out, seq_lens, splits, capacity,
-        HEADS=Hq, D=D, BD=shape["BD"], SPLIT=SPLIT, **tile("paged_combine", q, D=D),
-    )  # fmt: skip
-    return out
-
-
-def prefill(q, k_cache, v_cache, block_tables, cu_seqlens, seq_lens, scale):
-    """Launch the prefill kernel: out [T, Hq, D]."""
-    (T, Hq, D), Hkv, B = q.shape, k_cache.shape[2], len(seq_lens)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    choice = tile("paged_prefill", q, D=D)
-    choice["BM"] = max(choice["BM"], triton.next_power_of_2(Hq // Hkv))  # a token's group fits
-    tokens = choice["BM"] // (Hq // Hkv)
-    prefill_kernel[(slots(T, B, tokens), Hkv)](
-        q, k_cache, v_cache, out, block_tables, cu_seqlens, seq_lens, B,
-        block_tables.stride(0), *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
-        TOKENS=tokens,
-        CHUNK=slots_chunk(B),
-        **constants(q, k_cache, scale),
-        **choice,
-    )  # fmt: skip
-    return out
 
 
 def paged_attention(q, k_cache, v_cache, block_tables, seq_lens, scale=None, impl="auto"):
@@ -308,8 +221,27 @@ def paged_attention(q, k_cache, v_cache, block_tables, seq_lens, scale=None, imp
     if impl == "torch":
         run = decode_on_cpu if q.device.type == "cpu" else reference_decode
         return run(q, k_cache, v_cache, block_tables, seq_lens, scale)
-    q, k_cache, v_cache, block_tables = map(dense_rows, (q, k_cache, v_cache, block_tables))
-    return decode(q, k_cache, v_cache, block_tables, seq_lens, scale)
+    q, k_cache, v_cache, block_tables = map(dense, (q, k_cache, v_cache, block_tables))
+    (B, Hq, D), (page, Hkv) = q.shape, k_cache.shape[1:3]
+    shape = constants(q, Hkv, scale)
+    capacity = block_tables.shape[1] * page
+    splits = triton.cdiv(capacity, SPLIT)
+    part = torch.empty(B, splits, Hq, D, dtype=torch.float32, device=q.device)
+    part_lse = torch.empty(B, splits, Hq, dtype=torch.float32, device=q.device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    choice = tile("paged_decode", q, D=D)
+    programs = min(B * splits, max(1, choice.pop("PROGRAMS") // Hkv))
+    decode_kernel[(programs, Hkv)](
+        q, k_cache, v_cache, part, part_lse, block_tables, seq_lens, B, splits, capacity,
+        block_tables.stride(0), *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
+        BG=max(16, triton.next_power_of_2(Hq // Hkv)), BB=max(64, triton.next_power_of_2(B)),
+        SPLIT=SPLIT, PAGE=page, **shape, **choice,
+    )  # fmt: skip
+    combine_kernel[(B, Hq)](
+        part, part_lse, out, seq_lens, splits, capacity,
+        HEADS=Hq, D=D, BD=shape["BD"], SPLIT=SPLIT, **tile("paged_combine", q, D=D),
+    )  # fmt: skip
+    return out
 
 
 def paged_prefill(q, k_cache, v_cache, block_tables, cu_seqlens, seq_lens, scale=None, impl="auto"):
@@ -323,15 +255,24 @@ def paged_prefill(q, k_cache, v_cache, block_tables, cu_seqlens, seq_lens, scale
     if impl == "torch":
         run = prefill_on_cpu if q.device.type == "cpu" else reference_prefill
         return run(q, k_cache, v_cache, block_tables, cu_seqlens, seq_lens, scale)
-    q, k_cache, v_cache, block_tables = map(dense_rows, (q, k_cache, v_cache, block_tables))
-    cu_seqlens = cu_seqlens.to(torch.int32)
-    return prefill(q, k_cache, v_cache, block_tables, cu_seqlens, seq_lens, scale)
+    q, k_cache, v_cache, block_tables = map(dense, (q, k_cache, v_cache, block_tables))
+    (T, Hq, D), (page, Hkv), B = q.shape, k_cache.shape[1:3], len(seq_lens)
+    shape = constants(q, Hkv, scale)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    choice = tile("paged_prefill", q, D=D)
+    choice["BM"] = max(choice["BM"], triton.next_power_of_2(Hq // Hkv))  # a token's group fits
+    tokens = choice["BM"] // (Hq // Hkv)
+    prefill_kernel[(attention_tiles.slots(T, B, tokens), Hkv)](
+        q, k_cache, v_cache, out, block_tables, cu_seqlens.to(torch.int32), seq_lens, B,
+        block_tables.stride(0), *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
+        TOKENS=tokens, CHUNK=attention_tiles.slots_chunk(B), PAGE=page, **shape, **choice,
+    )  # fmt: skip
+    return out
 
 
 def decode_on_cpu(q, k_cache, v_cache, block_tables, seq_lens, scale):
-    """The reference in slices of sequences of like length: what a slice gathers stays in a core's
-    cache (2 MiB), and no table is wider than its slice needs. One gather of it all spends most of
-    its time on page faults."""
+    """The reference in slices of sequences of like length: what one gathers stays in a core's cache
+    (2 MiB), and no table is wider than it needs. One gather of them all is mostly page faults."""
     size, heads, dim = k_cache.shape[1:]
     order = seq_lens.argsort()
     row = int(seq_lens.max()) * heads * dim * k_cache.element_size()
@@ -345,53 +286,36 @@ def decode_on_cpu(q, k_cache, v_cache, block_tables, seq_lens, scale):
 
 def prefill_on_cpu(q, k_cache, v_cache, block_tables, cu_seqlens, seq_lens, scale):
     """The reference in slices of sequences whose masks stay small."""
-    bounds = cu_seqlens.tolist()
     pairs = int(cu_seqlens.diff().max()) * int(seq_lens.max())  # of a sequence's mask
     rows, parts = max(1, 2**21 // pairs), []
     for first in range(0, len(seq_lens), rows):
-        last = min(first + rows, len(seq_lens))
-        ends = seq_lens[first:last]
-        tables = block_tables[first:last, : -(-int(ends.max()) // k_cache.shape[1])]
-        part, cu = q[bounds[first] : bounds[last]], cu_seqlens[first : last + 1] - bounds[first]
+        ends, cu = seq_lens[first : first + rows], cu_seqlens[first : first + rows + 1]
+        tables = block_tables[first : first + rows, : -(-int(ends.max()) // k_cache.shape[1])]
+        part, cu = q[cu[0] : cu[-1]], cu - cu[0]
         parts.append(reference_prefill(part, k_cache, v_cache, tables, cu, ends, scale))
     return torch.cat(parts)
 
 
-def dense_rows(x):
-    """Kernels read rows without a stride of their own: copy where the last one is not 1."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def probe_case(device, dtype):
-    """A small cache with scattered pages: k_cache, v_cache, block_tables, seq_lens."""
-    caches = [torch.randn(99, 16, 2, 64, device=device, dtype=dtype) for _ in "kv"]
+def probe_case(device, dtype, tokens):
+    """A small cache with scattered pages: q, k_cache, v_cache, block_tables, seq_lens."""
+    q = torch.randn(tokens, 8, 64, device=device, dtype=dtype)
+    caches = torch.randn(2, 99, 16, 2, 64, device=device, dtype=dtype)
     tables = torch.randperm(99, device=device)[:90].view(2, 45).to(torch.int32)
-    return *caches, tables, torch.tensor([700, 90], dtype=torch.int32, device=device)
+    return q, *caches, tables, torch.tensor([700, 90], dtype=torch.int32, device=device)
 
 
 def probe_decode(device, dtype):
-    """For `dispatch.trial`: the same small case through kernel and reference."""
-    case = probe_case(device, dtype)
-    q = torch.randn(2, 8, 64, device=device, dtype=dtype)
-    return [paged_attention(q, *case, impl="triton")], [paged_attention(q, *case, impl="torch")]
+    """The trial launch of `paged_attention`."""
+    return both_ways(paged_attention, *probe_case(device, dtype, tokens=2))
 
 
 def probe_prefill(device, dtype):
-    """For `dispatch.trial`: 20 and 3 new tokens, through kernel and reference."""
-    *caches, tables, seq_lens = probe_case(device, dtype)
-    q = torch.randn(23, 8, 64, device=device, dtype=dtype)
-    case = q, *caches, tables, torch.tensor([0, 20, 23], device=device), seq_lens
-    return [paged_prefill(*case, impl="triton")], [paged_prefill(*case, impl="torch")]
+    """The trial launch of `paged_prefill`: 20 and 3 new tokens."""
+    *case, seq_lens = probe_case(device, dtype, tokens=23)
+    return both_ways(paged_prefill, *case, torch.tensor([0, 20, 23], device=device), seq_lens)
 
 
 def aot_cases(arch):
-    """What `kernels/check.py` compiles here: batches of up to 64, pages of 16."""
+    """What `kernels/check.py` compiles here."""
     kernels = {"decode": decode_kernel, "combine": combine_kernel, "prefill": prefill_kernel}
-    for op, function in kernels.items():
-        for kind, constants, options in aot_rows(f"paged_{op}", arch):
-            constants |= {"BG": 16, "PAGE": 16, "SPLIT": SPLIT, "BB": 64}
-            constants["TOKENS"] = constants.get("BM", 0) // 7
-            constants = {k: v for k, v in constants.items() if k in function.arg_names}
-            types = aot_signature(function, kind)
-            cores = kind == "bf16" and op != "combine"
-            yield f"paged_{op} {kind}", function, types, constants, options, cores
+    return attention_tiles.aot_cases(arch, "paged", kernels, SPLIT=SPLIT)

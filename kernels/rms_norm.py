@@ -8,23 +8,16 @@ and n = s * r the normed row:
     ds = r * (g * weight - n * mean(g * weight * n)) + d          dx = dresidual = ds
     dweight = sum over rows of g * n
 
-Nothing here but memory traffic: 4 numbers a value forward (x, residual, s, y), 4 backward (g, d, s,
-ds), where PyTorch's separate steps move about three times that. So a row is read once, is held in
-registers while its mean is taken, and is written once.
-
-    C ->  BC (C rounded up to a power of two)
-        +------------------+
-    BR  |     program      |    forward: a program takes BR rows
-        +------------------+
-        |     program      |    backward: a program takes each PROGRAMS-th such tile, for it adds up
-        +------------------+    its rows of dweight too; torch then adds the [PROGRAMS, C] sums in a
-                                fixed order, where atomics would come in any
+Nothing here but memory traffic: 4 numbers a value forward (x, residual, s, y) and 4 backward (g, d,
+s, ds), a third of what PyTorch's separate steps move: a row stays in registers for its mean.
+Forward, a program takes BR rows. Backward, it takes each PROGRAMS-th such tile and adds up its
+rows of dweight too; torch then adds the [PROGRAMS, C] sums in a fixed order, as atomics would not.
 """
 
 import torch
 
-from kernels.dispatch import choose
-from kernels.tiles import choices, compile_time, tile
+from kernels.dispatch import both_ways, choose
+from kernels.tiles import aot_case, choices, tile
 from kernels.triton_compat import jit, tl, triton
 
 WIDEST = 8192  # of a row that fits the registers; wider ones take the reference
@@ -113,14 +106,12 @@ class RMSNorm(torch.autograd.Function):
         programs = min(choice.pop("PROGRAMS"), triton.cdiv(N, choice["BR"]))
         dx = torch.empty_like(s)
         parts = torch.empty(programs, C, dtype=torch.float32, device=s.device)
-        grad_y = grad_y.contiguous()
         grad_s = grad_s.contiguous() if ctx.residual else None
         backward_kernel[(programs,)](
-            s, weight, inverse, grad_y, grad_s, dx, parts, N, C=C,
+            s, weight, inverse, grad_y.contiguous(), grad_s, dx, parts, N, C=C,
             RESIDUAL=ctx.residual, BC=triton.next_power_of_2(C), **choice,
         )  # fmt: skip
-        dweight = parts.sum(0).to(weight.dtype)
-        return dx, dweight, None, dx if ctx.residual else None
+        return dx, parts.sum(0).to(weight.dtype), None, dx if ctx.residual else None
 
 
 def rms_norm(x, weight, eps, residual=None, impl="auto"):
@@ -140,32 +131,16 @@ def rms_norm(x, weight, eps, residual=None, impl="auto"):
 
 
 def probe(device, dtype):
-    """The trial launch: outputs and gradients, with a residual, of kernels and reference."""
-    x, residual = torch.randn(2, 300, 200, device=device, dtype=dtype)
-    weight = torch.randn(200, device=device, dtype=dtype)
-    sides = []
-    for impl in ("triton", "torch"):
-        a, w, b = (t.clone().requires_grad_() for t in (x, weight, residual))
-        y, summed = rms_norm(a, w, 1e-6, b, impl=impl)
-        (y * residual + summed).sum().backward()
-        sides.append((y.detach(), summed.detach(), a.grad, w.grad, b.grad))
-    return sides
+    """The trial launch, with a residual."""
+    kind = {"device": device, "dtype": dtype, "requires_grad": True}
+    x, residual = torch.randn(300, 200, **kind), torch.randn(300, 200, **kind)
+    return both_ways(rms_norm, x, torch.randn(200, **kind), 1e-6, residual)
 
 
 def aot_cases(arch):
     """What `kernels/check.py` compiles: each tile at the widest row it serves."""
-    names = "x", "residual", "weight", "y", "summed", "s", "grad_y", "grad_s", "dx"
-    types = dict.fromkeys(names, "*bf16") | dict.fromkeys(("inverse", "dweight"), "*fp32")
-    types["N"] = "i32"
-    for op, function in (
-        ("rms_norm_forward", forward_kernel),
-        ("rms_norm_backward", backward_kernel),
-    ):
-        for limits, values in choices(op, arch):
-            constexprs, options = compile_time(values)
+    for phase, function in (("forward", forward_kernel), ("backward", backward_kernel)):
+        for limits, values in choices(f"rms_norm_{phase}", arch):
             C = limits.get("C", WIDEST)
-            constexprs.pop("PROGRAMS", None)
-            constexprs |= {"C": C, "BC": triton.next_power_of_2(C), "RESIDUAL": True}
-            if function is forward_kernel:
-                constexprs["EPS"] = 1e-6
-            yield op, function, types, constexprs, options, False
+            shape = {"C": C, "BC": triton.next_power_of_2(C), "EPS": 1e-6, "RESIDUAL": True}
+            yield aot_case(f"rms_norm_{phase}", function, values, **shape)

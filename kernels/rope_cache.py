@@ -7,21 +7,15 @@ rotated by the angle position * theta**(-2i/D), whose cosines and sines come in 
 
 A rotation's transpose is the rotation back, so the gradient is the same kernel with -sin.
 
-One program a token, all heads at once, so that the token's angles are read once: q and k are tiles
-of [heads, D/2], a left and a right half. In a decode step the rotated k goes straight to its place
-in the cache, and v with it: three launches (rotate, write, write) and a round trip of k are one.
+A program does one token, all its heads, so that the angles are read once. In a decode step the
+rotated k goes straight to its place in the cache, and v with it: three launches are one.
 Traffic only: each of q, k and v read once and written once, 2 * 2 * (Hq + 2 Hkv) * D bytes a token.
-
-               D/2      D/2                        slots[t]
-            +--------+--------+                  +---------+
-    heads   |   a    |   b    |  token t  ---->  | k_cache |  row of token t: block * block_size
-            +--------+--------+                  +---------+                  + offset
 """
 
 import torch
 
-from kernels.dispatch import choose
-from kernels.tiles import choices, compile_time, tile
+from kernels.dispatch import both_ways, choose, dense
+from kernels.tiles import aot_case, choices, tile
 from kernels.triton_compat import jit, tl, triton
 
 
@@ -82,9 +76,7 @@ def rope_kernel(
     if BACK:
         s = -s
     turn(q + token * q_token, q_out + token * HQ * D, q_head, D, c, s, HQ, D, BQ, BD)
-    row = token
-    if WRITE:
-        row = tl.load(slots + token).to(tl.int64)
+    row = tl.load(slots + token).to(tl.int64) if WRITE else token
     if row >= 0:
         k_to = k_out + row * out_token
         turn(k + token * k_token, k_to, k_head, out_head, c, s, HKV, D, BKV, BD)
@@ -99,13 +91,7 @@ def rope_kernel(
 def shapes(Hq, Hkv, D):
     """The kernel's constexprs that follow from the shape."""
     power = triton.next_power_of_2
-    sizes = {"HQ": Hq, "HKV": Hkv, "D": D}
-    return sizes | {"BQ": power(Hq), "BKV": power(Hkv), "BD": power(D // 2)}
-
-
-def dense(x):
-    """Kernels walk the last dimension without a stride: copy where it has one."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return {"HQ": Hq, "HKV": Hkv, "D": D, "BQ": power(Hq), "BKV": power(Hkv), "BD": power(D // 2)}
 
 
 def launch(q, k, cos, sin, positions, back=False, v=None, caches=None, slots=None):
@@ -113,19 +99,15 @@ def launch(q, k, cos, sin, positions, back=False, v=None, caches=None, slots=Non
     q, k, cos, sin = dense(q), dense(k), cos.contiguous(), sin.contiguous()
     (T, Hq, D), Hkv = q.shape, k.shape[1]
     q_out = torch.empty(T, Hq, D, dtype=q.dtype, device=q.device)
-    if caches is None:
-        k_out = v_out = torch.empty(T, Hkv, D, dtype=k.dtype, device=k.device)
+    write = caches is not None
+    if not write:
         v, slots = k, positions  # not read
-        rows = k_out, v_out
-    else:
-        k_out, v_out = caches
-        rows = k_out.view(-1, Hkv, D), v_out.view(-1, Hkv, D)  # raises for caches with gaps
-        v = dense(v)
+        caches = [torch.empty(T, Hkv, D, dtype=k.dtype, device=k.device)] * 2
+    v, k_out, v_out = dense(v), *(x.view(-1, Hkv, D) for x in caches)  # raises for gaps in caches
+    strides = [stride for x in (q, k, v, k_out, v_out) for stride in x.stride()[:2]]
     rope_kernel[(T,)](
-        q, k, v, q_out, k_out, v_out, cos, sin, positions, slots,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-        *rows[0].stride()[:2], *rows[1].stride()[:2],
-        WRITE=caches is not None, BACK=back, **shapes(Hq, Hkv, D), **tile("rope", q),
+        q, k, v, q_out, k_out, v_out, cos, sin, positions, slots, *strides,
+        WRITE=write, BACK=back, **shapes(Hq, Hkv, D), **tile("rope", q),
     )  # fmt: skip
     return q_out, k_out
 
@@ -164,54 +146,37 @@ def rope_write(q, k, v, cos, sin, positions, k_cache, v_cache, slots, impl="auto
     impl = choose(impl, "rope_write", q, k, v, probe=probe_write)
     if impl == "torch" or q.shape[0] == 0:
         return reference_write(q, k, v, cos, sin, positions, k_cache, v_cache, slots)
-    return launch(
-        q, k, cos, sin, positions, v=v, caches=(k_cache, v_cache), slots=slots.contiguous()
-    )[0]
-
-
-def example(device, dtype, T=20):
-    """Inputs of a small launch: q, k, cos, sin, positions."""
-    q = torch.randn(T, 6, 64, device=device, dtype=dtype)
-    k = torch.randn(T, 2, 64, device=device, dtype=dtype)
-    angles = torch.randn(100, 32, device=device)
-    return q, k, angles.cos(), angles.sin(), torch.randint(0, 100, (T,), device=device)
+    caches, slots = (k_cache, v_cache), slots.contiguous()
+    return launch(q, k, cos, sin, positions, v=v, caches=caches, slots=slots)[0]
 
 
 def probe(device, dtype):
-    """The trial launch of `rope`: outputs and gradients of kernel and reference."""
-    q, k, *tables = example(device, dtype)
-    sides = []
-    for impl in ("triton", "torch"):
-        a, b = q.clone().requires_grad_(), k.clone().requires_grad_()
-        turned = rope(a, b, *tables, impl=impl)
-        (turned[0] * q.flip(0)).sum().backward(retain_graph=True)
-        (turned[1] * k.flip(0)).sum().backward()
-        sides.append((turned[0].detach(), turned[1].detach(), a.grad, b.grad))
-    return sides
+    """The trial launch of `rope`."""
+    q, k = (torch.randn(20, h, 64, device=device, dtype=dtype, requires_grad=True) for h in (6, 2))
+    angles = torch.randn(100, 32, device=device)
+    positions = torch.randint(0, 100, (20,), device=device)
+    return both_ways(rope, q, k, angles.cos(), angles.sin(), positions)
 
 
 def probe_write(device, dtype):
     """The trial launch of `rope_write`: rotated q and both caches."""
-    q, k, *tables = example(device, dtype)
+    q, k, v = (torch.randn(20, h, 64, device=device, dtype=dtype) for h in (6, 2, 2))
+    angles = torch.randn(100, 32, device=device)
+    caches = torch.zeros(2, 4, 8, 2, 64, device=device, dtype=dtype)
     slots = torch.randperm(32, device=device)[:20]
     slots[5] = -1
-    sides = []
-    for impl in ("triton", "torch"):
-        caches = torch.zeros(2, 4, 8, 2, 64, device=device, dtype=dtype)
-        turned = rope_write(q, k, k.flip(0), *tables, *caches, slots, impl=impl)
-        sides.append((turned, caches))
-    return sides
+
+    def write(*args, impl):
+        return rope_write(*args, impl=impl), *args[6:8]
+
+    positions = slots + 50
+    return both_ways(write, q, k, v, angles.cos(), angles.sin(), positions, *caches, slots)
 
 
 def aot_cases(arch):
     """What `kernels/check.py` compiles: the head shapes of Qwen2.5 0.5B, 7B and 32B."""
-    types = dict.fromkeys(("q", "k", "v", "q_out", "k_out", "v_out"), "*bf16")
-    types |= dict.fromkeys(("cos", "sin"), "*fp32") | dict.fromkeys(("positions", "slots"), "*i64")
-    for name in ("q", "k", "v", "out", "v_out"):
-        types |= {f"{name}_token": "i32:16", f"{name}_head": "i32:16"}
     for _, values in choices("rope", arch):
         for heads in ((14, 2, 64), (28, 4, 128), (40, 8, 128)):
             for name, write in (("rope", False), ("rope_write", True)):
-                constexprs, options = compile_time(values)
-                constexprs |= {"WRITE": write, "BACK": False, **shapes(*heads)}
-                yield name, rope_kernel, types, constexprs, options, False
+                shape = {"WRITE": write, "BACK": False, **shapes(*heads)}
+                yield aot_case(name, rope_kernel, values, **shape)

@@ -1,42 +1,30 @@
 """Draw the next token straight from hidden states: the head's product and the draw in one pass.
 
 Gumbel-max: add g = -log(-log(u)), u uniform, to each logit; the word with the largest sum is an
-exact draw from the softmax. Why: -log(u) is an exponential waiting time, exp(-x_j) * -log(u_j) one
-of rate exp(x_j), and the first of several such clocks to ring is j with probability
-exp(x_j) / sum exp(x). A maximum can be kept while streaming over the vocabulary, so no logits are
-stored; log-prob and entropy come from the sums that `logprob` uses too (`head_tiles.py`).
+exact draw from the softmax. Why: exp(-x_j) * -log(u_j) is an exponential waiting time of rate
+exp(x_j), and the first of such clocks to ring is j with probability exp(x_j) / sum exp(x). A
+maximum can be kept while streaming over the vocabulary, so no logits are stored; log-prob and
+entropy come from the sums that `logprob` uses too (`head_tiles.py`).
 
 The noise is Philox 4x32-10 with the request's 64-bit stream as key and (word, position, 0, 0) as
 counter: a number for each word, position and request, that nothing else in the batch can change.
 
-    words ->   BN
-             +----+----+----+----+--    one program: BM requests against TILES * BN words; leaves
-    B    BM  |    |    |    |    |      the three sums, and its best word with score and logit;
-             +----+----+----+----+--     a second kernel merges.
+Tiles and programs are those of `linear_logprob.py`: one leaves for each request the three sums and
+its best word with score and logit, and a second kernel merges.
 
 Cost: a decode batch is small, so this is the time to read the weight once, 2 V H bytes in bf16:
-1.09 GB for V = 151,936, H = 3584, a quarter of a millisecond at 4.3 TB/s. Noise costs 10 rounds of
-Philox and two logarithms, about 150 machine instructions a logit (counted in the compiled kernel),
-which at one a lane and clock are 0.01 ms of an H200 at B = 16, and at B = 512 0.4 ms beside the
-product's 0.7. Storing logits instead costs 4 V B bytes, written once and read several times.
+1.09 GB for V = 151,936, H = 3584, a quarter of a millisecond at 4.3 TB/s. Noise, 150 instructions a
+logit (10 rounds of Philox, two logarithms), is 0.01 ms of an H200 at B = 16, 0.4 ms at B = 512.
 """
 
 import torch
 
+from kernels import head_tiles
 from kernels.dispatch import choose
-from kernels.head_tiles import (
-    LN2,
-    LOWEST,
-    handle,
-    logits_tile,
-    merge_sums,
-    my_tile,
-    online_step,
-    padded,
-)
+from kernels.head_tiles import LN2, LOWEST, logits_tile, merge_sums, my_tile, online_step
 from kernels.philox import uniform
-from kernels.tiles import choices, compile_time, tile
-from kernels.triton_compat import jit, tl, triton
+from kernels.tiles import tile
+from kernels.triton_compat import jit, tl
 
 TINY = tl.constexpr(1.1754944e-38)  # the smallest normal fp32: keeps log(0) out
 
@@ -149,27 +137,6 @@ def sample_merge_kernel(
     tl.store(entropy + rows, (bits - moment / total) * LN2, mask=inside)
 
 
-def launch(hidden, weight, temperature, stream, position):
-    """Launch both kernels. Reads nothing back from the device."""
-    hidden, weight = padded(hidden), padded(weight)
-    (N, H), V = hidden.shape, weight.shape[0]
-    choice = tile("sample", hidden, N=N)
-    BM, BN, BK, TMA = (choice[name] for name in ("BM", "BN", "BK", "TMA"))
-    splits = triton.cdiv(V, choice["TILES"] * BN)
-    parts = torch.empty(5, splits, N, dtype=torch.float32, device=hidden.device).unbind()
-    words = torch.empty(splits, N, dtype=torch.int32, device=hidden.device)
-    sample_kernel[(triton.cdiv(N, BM) * splits,)](
-        handle(hidden, BM, BK, TMA), handle(weight, BN, BK, TMA), temperature, stream, position,
-        *parts, words, N, V, H, hidden.stride(0), weight.stride(0), splits, **choice,
-    )  # fmt: skip
-    ids = torch.empty(N, dtype=torch.int64, device=hidden.device)
-    logp, entropy = torch.empty(2, N, dtype=torch.float32, device=hidden.device).unbind()
-    choice = tile("logprob_merge", hidden)
-    grid = (triton.cdiv(N, choice["BR"]),)
-    sample_merge_kernel[grid](*parts, words, ids, logp, entropy, N, splits, **choice)
-    return ids, logp, entropy
-
-
 def sample(hidden, weight, temperature, stream, position, impl="auto"):
     """hidden [B, H], weight [V, H]; temperature, stream, position [B] -> ids, logp, entropy [B].
 
@@ -180,36 +147,34 @@ def sample(hidden, weight, temperature, stream, position, impl="auto"):
     impl = choose(impl, "sample", hidden, weight, probe=probe)
     if impl == "torch" or hidden.shape[0] == 0:
         return reference(hidden, weight, temperature, stream, position)
+    N, V, device = len(hidden), len(weight), hidden.device
+    choice = tile("sample", hidden, N=N)
+    matrices, strides = head_tiles.operands(hidden, weight.to(hidden.dtype), choice)
     rows = temperature.float().contiguous(), stream.contiguous(), position.contiguous()
-    return launch(hidden, weight.to(hidden.dtype), *rows)
+    grid, splits = head_tiles.grid_of(N, V, choice)
+    parts = torch.empty(5, splits, N, dtype=torch.float32, device=device).unbind()
+    words = torch.empty(splits, N, dtype=torch.int32, device=device)
+    sample_kernel[grid](*matrices, *rows, *parts, words, N, V, *strides, splits, **choice)
+    ids = torch.empty(N, dtype=torch.int64, device=device)
+    logp, entropy = torch.empty(2, N, dtype=torch.float32, device=device).unbind()
+    head_tiles.merge(sample_merge_kernel, (*parts, words, ids, logp, entropy), N, splits)
+    return ids, logp, entropy
 
 
 def probe(device, dtype):
-    """The trial launch. Two scores may be equal but for rounding, so the words' scores are compared
-    and not the words: log-prob and entropy, and the reference's log-prob of the drawn words."""
-    x = torch.randn(9, 128, device=device, dtype=dtype)
-    w = torch.randn(1000, 128, device=device, dtype=dtype) / 4
+    """The trial launch. Two scores may be equal but for rounding, so words may differ: log-prob
+    where they don't, entropy, and whether half are the same (of other noise, hardly one were)."""
+    hidden = torch.randn(9, 128, device=device, dtype=dtype)
+    weight = torch.randn(1000, 128, device=device, dtype=dtype) / 4
     rows = torch.arange(9, device=device)
-    ids, logp, entropy = sample(x, w, rows / 8, rows * 2**40 + 7, rows, impl="triton")
-    ids_too, logp_too, entropy_too = sample(x, w, rows / 8, rows * 2**40 + 7, rows, impl="torch")
-    same = (ids == ids_too).float()
-    agree = (same.mean() >= 0.5).float()  # of other noise, next to none would be the same
-    return (logp * same, entropy, agree), (logp_too * same, entropy_too, torch.ones_like(agree))
+    case = hidden, weight, rows / 8, rows * 2**40 + 7, rows
+    ids, logp, entropy = sample(*case, impl="triton")
+    own_ids, own_logp, own_entropy = sample(*case, impl="torch")
+    same = (ids == own_ids).float()
+    agree = (same.mean() >= 0.5).float()
+    return (logp * same, entropy, agree), (own_logp * same, own_entropy, torch.ones_like(agree))
 
 
 def aot_cases(arch):
     """What `kernels/check.py` compiles: each shipped tile of each kernel."""
-    types = dict.fromkeys(("N", "V", "splits"), "i32")
-    types |= dict.fromkeys(("H", "hidden_stride", "weight_stride"), "i32:16")
-    types |= dict.fromkeys(("temperature", "tops", "totals", "moments", "scores"), "*fp32")
-    types |= dict.fromkeys(("logits", "logp", "entropy"), "*fp32")
-    types |= dict.fromkeys(("stream", "position", "ids"), "*i64") | {"words": "*i32"}
-    for limits, values in choices("sample", arch):
-        kind = "bf16" if limits.get("bytes") == 2 else "fp32"
-        for name, rows in (("hidden", "BM"), ("weight", "BN")):
-            descriptor = f"tensordesc<{kind}[{values[rows]},{values['BK']}]>"
-            types[name] = descriptor if values["TMA"] else f"*{kind}"
-        case = sample_kernel, dict(types), *compile_time(values), kind == "bf16"
-        yield f"sample {kind}", *case
-    for _, values in choices("logprob_merge", arch):
-        yield "sample_merge", sample_merge_kernel, types, *compile_time(values), False
+    return head_tiles.aot_cases(arch, "sample_merge", sample_merge_kernel, sample=sample_kernel)

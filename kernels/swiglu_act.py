@@ -6,20 +6,15 @@ Backward, with g the gradient of y and sg = sigmoid(gate):
 
 The latter because sigmoid' = sg * (1 - sg). Traffic only: 3 numbers a value forward (gate, up, y),
 5 backward (gate, up, g, dgate, dup); nothing is saved but the inputs. A program takes BLOCK columns
-of one row; gate and up may be the halves of one tensor (rows have strides), as the output of one
-fused projection has them.
-
-            C ->  BLOCK
-        +-------+-------+----
-    N   |program|program|         one-dimensional grid: N * ceil(C / BLOCK) programs
-        +-------+-------+----
+of one row, so there are N * ceil(C / BLOCK); gate and up may be the halves of one tensor (rows have
+strides), as the output of one fused projection has them.
 """
 
 import torch
 import torch.nn.functional as F
 
-from kernels.dispatch import choose
-from kernels.tiles import choices, compile_time, tile
+from kernels.dispatch import both_ways, choose, dense
+from kernels.tiles import aot_case, choices, tile
 from kernels.triton_compat import jit, tl, triton
 
 
@@ -29,27 +24,26 @@ def reference(gate, up):
 
 
 @jit
-def my_columns(C, BLOCK: tl.constexpr):
-    """This program's row, its columns, and which of them exist."""
+def my_values(gate, up, C, gate_row, up_row, BLOCK: tl.constexpr):
+    """This program's row, its columns, which of them exist, and their values of gate and up."""
     blocks = tl.cdiv(C, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     c = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    return row, c, c < C
+    inside = c < C
+    a = tl.load(gate + row * gate_row + c, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(up + row * up_row + c, mask=inside, other=0.0).to(tl.float32)
+    return row, c, inside, a, b
 
 
 @jit
 def forward_kernel(gate, up, y, C, gate_row, up_row, BLOCK: tl.constexpr):
-    row, c, inside = my_columns(C, BLOCK)
-    a = tl.load(gate + row * gate_row + c, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(up + row * up_row + c, mask=inside, other=0.0).to(tl.float32)
+    row, c, inside, a, b = my_values(gate, up, C, gate_row, up_row, BLOCK)
     tl.store(y + row * C + c, (a * tl.sigmoid(a) * b).to(y.dtype.element_ty), mask=inside)
 
 
 @jit
 def backward_kernel(gate, up, grad, dgate, dup, C, gate_row, up_row, BLOCK: tl.constexpr):
-    row, c, inside = my_columns(C, BLOCK)
-    a = tl.load(gate + row * gate_row + c, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(up + row * up_row + c, mask=inside, other=0.0).to(tl.float32)
+    row, c, inside, a, b = my_values(gate, up, C, gate_row, up_row, BLOCK)
     g = tl.load(grad + row * C + c, mask=inside, other=0.0).to(tl.float32)
     s = tl.sigmoid(a)
     da = g * b * s * (1.0 + a * (1.0 - s))
@@ -57,14 +51,11 @@ def backward_kernel(gate, up, grad, dgate, dup, C, gate_row, up_row, BLOCK: tl.c
     tl.store(dup + row * C + c, (g * a * s).to(dup.dtype.element_ty), mask=inside)
 
 
-def rows_of(x):
-    """x as [N, C] without a copy where its last dimension is dense."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def grid_of(x, choice):
-    return (x.shape[0] * triton.cdiv(x.shape[1], choice["BLOCK"]),)
+def launch(kernel, gate, up, *others):
+    """Run a kernel over gate and up [N, C]: one program for each BLOCK columns of a row."""
+    (N, C), choice = gate.shape, tile("swiglu", gate)
+    grid = (N * triton.cdiv(C, choice["BLOCK"]),)
+    kernel[grid](gate, up, *others, C, gate.stride(0), up.stride(0), **choice)
 
 
 class SwiGLU(torch.autograd.Function):
@@ -73,9 +64,7 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        choice = tile("swiglu", gate)
-        strides = gate.stride(0), up.stride(0)
-        forward_kernel[grid_of(gate, choice)](gate, up, y, gate.shape[1], *strides, **choice)
+        launch(forward_kernel, gate, up, y)
         ctx.save_for_backward(gate, up)
         return y
 
@@ -84,11 +73,7 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
         dgate, dup = torch.empty(2, *gate.shape, dtype=gate.dtype, device=gate.device).unbind()
-        choice = tile("swiglu", gate)
-        strides = gate.stride(0), up.stride(0)
-        backward_kernel[grid_of(gate, choice)](
-            gate, up, grad.contiguous(), dgate, dup, gate.shape[1], *strides, **choice
-        )
+        launch(backward_kernel, gate, up, grad.contiguous(), dgate, dup)
         return dgate, dup
 
 
@@ -99,25 +84,18 @@ def swiglu(gate, up, impl="auto"):
         return reference(gate, up)
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"swiglu: gate {gate.shape} {gate.dtype}, up {up.shape} {up.dtype}")
-    return SwiGLU.apply(rows_of(gate), rows_of(up)).view(gate.shape)
+    rows = (dense(x.reshape(-1, x.shape[-1])) for x in (gate, up))
+    return SwiGLU.apply(*rows).view(gate.shape)
 
 
 def probe(device, dtype):
-    """The trial launch: output and gradients of kernel and reference."""
-    both = torch.randn(50, 3000, device=device, dtype=dtype)
-    sides = []
-    for impl in ("triton", "torch"):
-        x = both.clone().requires_grad_()
-        y = swiglu(*x.chunk(2, -1), impl=impl)
-        (y * both[:, :1500]).sum().backward()
-        sides.append((y.detach(), x.grad))
-    return sides
+    """The trial launch, on the halves of one tensor."""
+    both = torch.randn(50, 3000, device=device, dtype=dtype, requires_grad=True)
+    return both_ways(lambda x, impl: swiglu(*x.chunk(2, -1), impl=impl), both)
 
 
 def aot_cases(arch):
     """What `kernels/check.py` compiles."""
-    types = dict.fromkeys(("gate", "up", "y", "grad", "dgate", "dup"), "*bf16")
-    types |= dict.fromkeys(("C", "gate_row", "up_row"), "i32:16")
     for _, values in choices("swiglu", arch):
-        for name, function in (("forward", forward_kernel), ("backward", backward_kernel)):
-            yield f"swiglu_{name}", function, types, *compile_time(values), False
+        yield aot_case("swiglu_forward", forward_kernel, values)
+        yield aot_case("swiglu_backward", backward_kernel, values)

@@ -30,29 +30,27 @@ ALL = " ".join(SHARED)
 HOPPER, CONSUMER = "sm_90 sm_100", "sm_89 sm_120"
 MMA = "sm_80 sm_89 sm_120"  # one kind of tensor core instruction, operands through registers
 
+
+def head(BM, BN, BK, warps, stages, GROUP=8, **more):
+    """A row's values for a head: BM rows x BN words, BK of H a step."""
+    return dict(BM=BM, BN=BN, BK=BK, GROUP=GROUP, **more, num_warps=warps, num_stages=stages)
+
+
 # fmt: off
 TILES = {
-    # logprob: BM rows x BN words, BK of H a step; TILES of words per program; GROUP row tiles that
-    # run together (L2).
+    # logprob: TILES of words per program; GROUP row tiles that run together (L2).
     "logprob_forward": [
-        (HOPPER, {"bytes": 2, "N": 2048},
-         dict(BM=256, BN=128, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=8, num_stages=4)),
-        (HOPPER, {"bytes": 2},
-         dict(BM=256, BN=128, BK=64, TILES=4, GROUP=8, TMA=True, num_warps=8, num_stages=4)),
-        (MMA, {"bytes": 2},
-         dict(BM=128, BN=128, BK=32, TILES=4, GROUP=8, TMA=False, num_warps=8, num_stages=4)),
-        (ALL, {},
-         dict(BM=64, BN=64, BK=16, TILES=8, GROUP=8, TMA=False, num_warps=4, num_stages=2)),
-        ("interpret", {},
-         dict(BM=16, BN=32, BK=32, TILES=2, GROUP=2, TMA=True, num_warps=4, num_stages=1)),
+        (HOPPER, {"bytes": 2, "N": 2048}, head(256, 128, 64, TILES=1, TMA=True, warps=8, stages=4)),
+        (HOPPER, {"bytes": 2}, head(256, 128, 64, TILES=4, TMA=True, warps=8, stages=4)),
+        (MMA, {"bytes": 2}, head(128, 128, 32, TILES=4, TMA=False, warps=8, stages=4)),
+        (ALL, {}, head(64, 64, 16, TILES=8, TMA=False, warps=4, stages=2)),
+        ("interpret", {}, head(16, 32, 32, TILES=2, TMA=True, GROUP=2, warps=4, stages=1)),
     ],
     "logprob_backward": [
-        (HOPPER, {"bytes": 2},
-         dict(BM=256, BN=128, BK=64, GROUP=8, TMA=True, num_warps=8, num_stages=4)),
-        (MMA, {"bytes": 2},
-         dict(BM=128, BN=128, BK=32, GROUP=8, TMA=False, num_warps=8, num_stages=4)),
-        (ALL, {}, dict(BM=64, BN=64, BK=16, GROUP=8, TMA=False, num_warps=4, num_stages=2)),
-        ("interpret", {}, dict(BM=16, BN=32, BK=32, GROUP=2, TMA=True, num_warps=4, num_stages=1)),
+        (HOPPER, {"bytes": 2}, head(256, 128, 64, TMA=True, warps=8, stages=4)),
+        (MMA, {"bytes": 2}, head(128, 128, 32, TMA=False, warps=8, stages=4)),
+        (ALL, {}, head(64, 64, 16, TMA=False, warps=4, stages=2)),
+        ("interpret", {}, head(16, 32, 32, TMA=True, GROUP=2, warps=4, stages=1)),
     ],
     "logprob_merge": [
         (ALL, {}, dict(BS=64, BR=16, num_warps=4, num_stages=2)),
@@ -60,20 +58,13 @@ TILES = {
     ],
     # sample: as logprob, for the few rows of a decode step.
     "sample": [
-        (HOPPER, {"bytes": 2, "N": 16},
-         dict(BM=16, BN=64, BK=128, TILES=1, GROUP=8, TMA=True, num_warps=4, num_stages=4)),
-        (HOPPER, {"bytes": 2, "N": 64},
-         dict(BM=64, BN=64, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=4, num_stages=4)),
-        (HOPPER, {"bytes": 2},
-         dict(BM=128, BN=64, BK=64, TILES=1, GROUP=8, TMA=True, num_warps=8, num_stages=4)),
-        (MMA, {"bytes": 2, "N": 16},
-         dict(BM=16, BN=64, BK=64, TILES=1, GROUP=8, TMA=False, num_warps=4, num_stages=4)),
-        (MMA, {"bytes": 2},
-         dict(BM=64, BN=64, BK=64, TILES=1, GROUP=8, TMA=False, num_warps=4, num_stages=3)),
-        (ALL, {},
-         dict(BM=32, BN=64, BK=16, TILES=1, GROUP=8, TMA=False, num_warps=4, num_stages=2)),
-        ("interpret", {},
-         dict(BM=16, BN=32, BK=32, TILES=2, GROUP=2, TMA=True, num_warps=4, num_stages=1)),
+        (HOPPER, {"bytes": 2, "N": 16}, head(16, 64, 128, TILES=1, TMA=True, warps=4, stages=4)),
+        (HOPPER, {"bytes": 2, "N": 64}, head(64, 64, 64, TILES=1, TMA=True, warps=4, stages=4)),
+        (HOPPER, {"bytes": 2}, head(128, 64, 64, TILES=1, TMA=True, warps=8, stages=4)),
+        (MMA, {"bytes": 2, "N": 16}, head(16, 64, 64, TILES=1, TMA=False, warps=4, stages=4)),
+        (MMA, {"bytes": 2}, head(64, 64, 64, TILES=1, TMA=False, warps=4, stages=3)),
+        (ALL, {}, head(32, 64, 16, TILES=1, TMA=False, warps=4, stages=2)),
+        ("interpret", {}, head(16, 32, 32, TILES=2, TMA=True, GROUP=2, warps=4, stages=1)),
     ],
     # rms_norm: BR rows of C values; PROGRAMS that share the rows of the backward pass.
     "rms_norm_forward": [
@@ -138,9 +129,7 @@ TILES = {
         (ALL, {}, dict(BM=32, BN=32, num_warps=8, num_stages=1)),
         ("interpret", {}, dict(BM=32, BN=16, num_warps=4, num_stages=1)),
     ],
-    "attention_delta": [
-        (f"{ALL} interpret", {}, dict(BM=32, num_warps=4, num_stages=1)),
-    ],
+    "attention_delta": [(f"{ALL} interpret", {}, dict(BM=32, num_warps=4, num_stages=1))],
     # decode: BN tokens a step; PROGRAMS over all key heads share the splits between them.
     "paged_decode": [
         (HOPPER, {"bytes": 2, "D": 128}, dict(BN=64, PROGRAMS=1024, num_warps=4, num_stages=3)),
@@ -178,12 +167,6 @@ def choices(op, arch):
     return [(limits, values) for archs, limits, values in TILES[op] if arch in archs.split()]
 
 
-def compile_time(values):
-    """A row's values, split in the kernel's constexprs and the compiler's options."""
-    options = {k: v for k, v in values.items() if k in ("num_warps", "num_stages")}
-    return {k: v for k, v in values.items() if k not in options}, options
-
-
 def tile(op, where, **shape):
     """The values for this shape. where: a tensor (its device and dtype decide) or "sm_90" etc.
 
@@ -200,3 +183,33 @@ def tile(op, where, **shape):
             given[op] = limits
             return dict(values)
     raise ValueError(f"no tile for {op} on {where} with {shape}")
+
+
+# What a kernel's argument is, by its name. What is not named here is a stride, if its name has an
+# underscore (divisible by 16, as in real launches), else a tensor of the inputs' type.
+TYPES = {
+    "i32": "B T N V splits capacity first width",
+    "i32:16": "H C",
+    "fp32": "scale",
+    "*i32": "cu_seqlens seq_lens block_tables words",
+    "*i64": "targets stream position positions slots ids",
+    "*fp32": "tops totals moments chosen scores logits logp entropy grad_logp grad_entropy "
+    "temperature lse delta part part_lse inverse dweight cos sin",
+    "*": "k_cache v_cache q_out k_out v_out grad_y grad_s",
+}
+TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names.split()}
+
+
+def aot_case(name, function, values, kind="bf16", cores=False, types=(), **shape):
+    """A kernel for `kernels/check.py` to compile: name, function, signature, constexprs, options,
+    and whether it must use tensor cores.
+
+    values: a row of the table; kind: the inputs' type; types: arguments that `TYPES` has wrong;
+    shape: the constexprs that are no choice (more than the kernel has may be given).
+    """
+    names, given = function.arg_names, {**shape, **values}
+    signature = {name: TYPE_OF.get(name, "i32:16" if "_" in name else "*") for name in names}
+    signature = {name: f"*{kind}" if of == "*" else of for name, of in signature.items()}
+    constexprs = {name: given[name] for name in names if name in given}
+    options = {option: values[option] for option in ("num_warps", "num_stages")}
+    return name, function, signature | dict(types), constexprs, options, cores

@@ -1,10 +1,9 @@
 """Triton where there is one, else stand-ins, so that every file here imports on any machine.
 
-`jit` is `triton.jit`, or returns the function untouched. `triton` and `tl` are the modules, or
-objects whose every attribute is again such an object: enough for `x: tl.constexpr` in a signature,
-useless for anything else. With TRITON_INTERPRET=1 (set before Python starts) kernels run on CPU
-tensors, one program after another in numpy: slow, and all that is needed to test them. (The
-interpreter of triton 3.6 wants numpy below 2.4: it makes an int of an array of one element.)
+`triton` and `tl` are the modules, or an object whose every attribute is that object again: enough
+for `x: tl.constexpr` in a signature, useless for anything else. With TRITON_INTERPRET=1 (set before
+Python starts) kernels run on CPU tensors, one program after another in numpy: slow, and all that
+is needed to test them. (The interpreter of triton 3.6 wants numpy below 2.4.)
 """
 
 try:
@@ -26,15 +25,8 @@ except ImportError:  # a Mac, or a torch without triton
                 raise AttributeError(name)
             return self
 
-        def __call__(self, *args, **kwargs):
-            raise RuntimeError("triton is not installed; use impl='torch'")
-
     HAVE_TRITON = INTERPRET = False
     triton = tl = Absent()
-
-    def jit(function):
-        """Leave the function as it is; nobody calls it."""
-        return function
-
+    jit = tl.constexpr  # leaves the function as it is; nobody calls it
 
 __all__ = ["HAVE_TRITON", "INTERPRET", "jit", "tl", "triton"]

@@ -5,7 +5,6 @@ import sys
 import tomllib
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
-from itertools import chain
 from typing import get_args, get_origin, get_type_hints
 
 import tyro
@@ -69,20 +68,17 @@ def parse_command(stages, about, argv, saved=None):
         raise UserError(f"{argv[0]!r} is not one of {', '.join(stages)}{hint}")
     stage, rest = argv[0], list(argv[1:])
     default = stages[stage][0]()
-    rest = list(
-        chain.from_iterable(
-            word.split("=", 1) if word.startswith("--config=") else [word] for word in rest
-        )
-    )
-    if "--config" in rest:
-        at = rest.index("--config")
-        if at + 1 == len(rest):
-            raise UserError("--config needs a file")
-        default = load_preset(default, rest[at + 1])
-        del rest[at : at + 2]
+    for at, word in enumerate(rest):
+        name, equals, file = word.partition("=")
+        if name == "--config":
+            if not equals and at + 1 == len(rest):
+                raise UserError("--config needs a file")
+            default = load_preset(default, file if equals else rest[at + 1])
+            del rest[at : at + (1 if equals else 2)]
+            break
 
     spec = sys.modules["__main__"].__spec__  # of python -m, else None
-    program = f"python -m {spec.name}" if spec else sys.argv[0]
+    program = f"python -m {spec.name.removesuffix('.__main__')}" if spec else sys.argv[0]
     program += f" {stage}" if len(stages) > 1 else ""
 
     def parse(default):

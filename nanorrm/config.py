@@ -11,10 +11,11 @@ class UserError(Exception):
 
 
 def at_least(config, low, *names):
-    """Raise UserError for the first of the settings that is below `low`."""
+    """Raise UserError for the first of the settings that is below `low`; None is not set."""
     for name in names:
-        if not getattr(config, name) >= low:  # NaN is not either
-            raise UserError(f"{name} = {getattr(config, name)} should be at least {low}")
+        value = getattr(config, name)
+        if value is not None and not value >= low:  # NaN is not either
+            raise UserError(f"{name} = {value} should be at least {low}")
 
 
 def one_of(name, value, choices):
@@ -39,9 +40,7 @@ class EngineConfig:
     read_every: int = 8  # with graphs: steps between looks at which sequences are done
 
     def __post_init__(self):
-        at_least(self, 1, "block_size", "max_batch", "max_step_tokens", "read_every")
-        if self.num_blocks is not None:
-            at_least(self, 1, "num_blocks")
+        at_least(self, 1, "block_size", "max_batch", "max_step_tokens", "read_every", "num_blocks")
         if self.cache_gib is not None and not self.cache_gib > 0:
             raise UserError(f"cache_gib = {self.cache_gib} should be above 0")
 
@@ -142,9 +141,7 @@ class RolloutConfig(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         at_least(self, 1, "max_tokens", "eval_every")
-        at_least(self, 0, "eval_share")
-        if self.max_think_tokens is not None:
-            at_least(self, 0, "max_think_tokens")
+        at_least(self, 0, "eval_share", "max_think_tokens")
         if self.temperature <= 0:
             raise UserError(f"temperature = {self.temperature}: rollouts need one above 0")
         if self.eval_share >= 1:
@@ -152,7 +149,26 @@ class RolloutConfig(RunConfig):
 
 
 @dataclass
-class JudgeConfig(RolloutConfig):
+class GroupConfig(RolloutConfig):
+    """What GRPO has beside: prompts, a group of rollouts of each, their advantages, the loss."""
+
+    prompts: int = 64  # P: prompts (a judge's pairs) per step
+    group: int = 8  # G: rollouts per prompt
+    scale: str = "group"  # advantages are divided by the std of: group, batch, or none
+    mini_prompts: int = 0  # prompts per optimizer update, several to a batch; 0: all in one
+    loss: LossConfig = field(default_factory=LossConfig)
+    sample_every: int = 5  # steps between entries of samples.jsonl
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, 1, "prompts", "sample_every")
+        at_least(self, 2, "group")
+        at_least(self, 0, "mini_prompts")
+        one_of("scale", self.scale, ("group", "batch", "none"))
+
+
+@dataclass
+class JudgeConfig(GroupConfig):
     """Train a judge by GRPO on +1 (right verdict) and -1 (wrong or unreadable)."""
 
     model: str = "toy"  # folder of the model to start from; "toy" is the shipped toy base
@@ -165,24 +181,14 @@ class JudgeConfig(RolloutConfig):
     think: bool = True  # False: the prompt closes the thinking at once (DirectJudge)
     steps: int = 100  # GRPO steps
     max_minutes: float = 0.0  # stop after so many minutes of training; 0: no limit
-    prompts: int = 64  # P: pairs per step
-    group: int = 8  # G: rollouts per pair
-    scale: str = "group"  # advantages are divided by the std of: group, batch, or none
-    mini_prompts: int = 0  # pairs per optimizer update, several to a batch; 0: all in one
     refills: int = 0  # times that groups of equal rewards are replaced by further pairs' (DAPO)
-    loss: LossConfig = field(default_factory=LossConfig)
     eval_pairs: int = 200  # held-out pairs per evaluation
-    sample_every: int = 5  # steps between entries of samples.jsonl
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, 1, "prompts", "sample_every")
-        at_least(self, 2, "group")
-        at_least(self, 0, "eval_pairs", "max_minutes", "mini_prompts", "refills")
-        at_least(self, 0, "max_prompt_tokens")
+        at_least(self, 0, "eval_pairs", "max_minutes", "refills", "max_prompt_tokens")
         if not self.data:
             raise UserError("data: give a file of pairs, or toy")
-        one_of("scale", self.scale, ("group", "batch", "none"))
 
 
 @dataclass
@@ -209,16 +215,12 @@ class JudgeSettings:
     patience: float = 600.0  # seconds of nothing but failures, until the whole is given up
 
     def __post_init__(self):
-        at_least(self, 1, "votes", "concurrency")
-        at_least(self, 0, "threads", "temperature", "patience")
+        at_least(self, 1, "votes", "concurrency", "max_tokens")
+        at_least(self, 0, "threads", "temperature", "patience", "max_think_tokens")
         one_of("overlong", self.overlong, ("skip", "cut"))
         one_of("multi_turn", self.multi_turn, ("refuse", "render"))
         if not self.timeout > 0:
             raise UserError(f"timeout = {self.timeout} should be above 0 seconds")
-        if self.max_tokens is not None:
-            at_least(self, 1, "max_tokens")
-        if self.max_think_tokens is not None:
-            at_least(self, 0, "max_think_tokens")
 
 
 @dataclass
@@ -240,29 +242,21 @@ class PolicyRunConfig(RolloutConfig):
 
 
 @dataclass
-class PolicyConfig(PolicyRunConfig):
+class PolicyConfig(PolicyRunConfig, GroupConfig):
     """Train a policy by GRPO on unlabelled prompts: a judge compares the responses of a group."""
 
     judge: JudgeSettings = field(default_factory=lambda: JudgeSettings(both_orders=False))
     rating: str = "elo"  # matches -> rewards: elo, bradley_terry, win_rate, knockout (its rounds)
     opponents: int = 4  # distinct random ones of its group for each response; not in a knockout
     prompts: int = 32  # P: prompts per step
-    group: int = 8  # G: responses per prompt
-    scale: str = "group"  # advantages are divided by the std of: group, batch, or none
-    mini_prompts: int = 0  # prompts per optimizer update, several to a batch; 0: all in one
-    loss: LossConfig = field(default_factory=LossConfig)
-    sample_every: int = 5  # steps between entries of samples.jsonl
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, 1, "prompts", "sample_every", "opponents")
-        at_least(self, 2, "group")
-        at_least(self, 0, "mini_prompts")
+        at_least(self, 1, "opponents")
         one_of("rating", self.rating, ("elo", "bradley_terry", "win_rate", "knockout"))
         if self.rating != "knockout" and self.opponents >= self.group:
             has = f"has {self.group - 1} in a group of {self.group}"
             raise UserError(f"opponents = {self.opponents}: a response {has}")
-        one_of("scale", self.scale, ("group", "batch", "none"))
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Files written whole or not at all, and read with errors that say what and where."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 from nanorrm.config import UserError
@@ -19,31 +20,37 @@ def read_json(path):
     return value
 
 
-def write_json(path, value):
-    """A JSON file as people read it."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def write_rows(path, rows):
-    """Write records as lines of JSON: all of them or, if making them fails, nothing."""
+@contextmanager
+def replacing(path):
+    """A text file to write beside `path`, which takes its place once all is written."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            yield file
         temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: could not be written ({error.strerror})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_text(path, text):
-    """Write a file beside its name and rename it, so that nobody meets a half."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    """Write a text file, whole or not at all."""
+    with replacing(path) as file:
+        file.write(text)
+
+
+def write_json(path, value):
+    """A JSON file as people read it, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_rows(path, rows):
+    """Write records as lines of JSON: all of them or, if making them fails, nothing."""
+    try:
+        with replacing(path) as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except OSError as error:
+        raise UserError(f"{path}: could not be written ({error.strerror})") from None
 
 
 def read_lines(path):

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from nanorrm import ranks
 from nanorrm.config import UserError
-from nanorrm.files import read_json, read_lines, write_text
+from nanorrm.files import read_json, read_lines, write_json, write_text
 
 
 def git_commit():
@@ -51,32 +50,35 @@ def surroundings():
 
 
 class Run:
-    """A run folder and its logs, written by rank 0. A context manager: it closes the bar."""
+    """A run folder, its logs, and the way through its steps. A context manager; rank 0 writes.
+
+    What ends the steps from outside becomes a UserError that says what was saved (see `explain`).
+    """
 
     def __init__(self, stage, config):
         """Choose the folder; `start` makes it. Raises UserError if it is another run's."""
         self.main = ranks.rank() == 0  # the others keep silent
         self.folder = ranks.same(run_folder(stage, config) if self.main else None)
-        self.stage = stage
-        self.config = config
-        self.bar = None
+        self.stage, self.config = stage, config
+        self.bar = self.interrupt = None
 
     def about(self):
         """Settings and surroundings of the run."""
         return {"stage": self.stage, "config": asdict(self.config), **surroundings()}
 
-    def start(self, first, total):
+    def start(self, first=0):
         """Make the folder and begin the progress bar; called when model and data have loaded.
 
-        Log lines of steps that a resumed run will do again are dropped.
+        first: the step that a resumed run is at; log lines of later ones are dropped.
         """
+        total = self.config.steps
         if first > total:
             raise UserError(f"{self.folder}: is at step {first} already, --steps {total} is less")
         if not self.main:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / "config.json", json.dumps(self.about(), indent=2) + "\n")
+            write_json(self.folder / "config.json", self.about())
         except OSError as error:
             raise UserError(f"{self.folder}: can't write there ({error.strerror})") from None
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -85,6 +87,26 @@ class Run:
                 kept = [line for line in read_lines(path) if line["step"] <= first and first]
                 write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.bar = tqdm(total=total, initial=first, unit="step", leave=False, disable=None)
+
+    def steps(self, first=0):
+        """The numbers of the steps to take, from first + 1 on, until `is_last` said so of one.
+
+        Meanwhile the first Ctrl-C lets the step end; a second one interrupts at once.
+        """
+        self.interrupt, self.ending = Interrupt(), False
+        with self.interrupt:
+            for step in range(first + 1, self.config.steps + 1):
+                self.step = step
+                yield step
+                if self.ending:
+                    break
+
+    def is_last(self, enough=False):
+        """Whether this step ends the run: the last one, Ctrl-C, or enough; on any rank. To be asked
+        once a step, by all ranks."""
+        done = self.step == self.config.steps
+        self.ending = done or ranks.any_rank(enough or self.interrupt.asked)
+        return self.ending
 
     def log(self, step, metrics, line, quiet=False):
         """Append metrics to metrics.jsonl and, unless quiet, print one line."""
@@ -107,23 +129,33 @@ class Run:
         """All that metrics.jsonl holds."""
         return read_lines(self.folder / "metrics.jsonl")
 
-    def save_model(self, model, tokenizer):
-        """The trained model as a Hugging Face folder."""
+    def interrupted(self):
+        """After the steps: what to say if Ctrl-C ended them, on any rank, else None."""
+        if self.interrupt and ranks.any_rank(self.interrupt.asked):
+            name = self.folder.name
+            return f"interrupted: saved at step {self.step}; --resume --name {name} continues"
+
+    def finish(self, model, tokenizer, panels=None):
+        """Leave the trained model as a Hugging Face folder, and plot.png from metrics.jsonl.
+
+        panels: which of its metrics are drawn where, see `curves_of`.
+        """
         if self.main:
             model.save_pretrained(self.folder / "model", tokenizer)
-
-    def plot(self, panels):
-        """plot.png from metrics.jsonl; panels: a function of its rows."""
-        if self.main:
-            title = f"{self.folder.name}: {self.stage}"
-            plot(self.folder / "plot.png", panels(self.metrics()), title)
+            if panels:
+                title = f"{self.folder.name}: {self.stage}"
+                plot(self.folder / "plot.png", curves_of(self.metrics(), panels), title)
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, _, error, __):
         if self.bar is not None:
             self.bar.close()
+        if self.interrupt:
+            self.interrupt.__exit__()
+        if self.interrupt and (what := explain(error, self)):
+            raise UserError(f"{what}; {what_is_saved(self.folder)}") from None
 
 
 class Interrupt:
@@ -142,7 +174,8 @@ class Interrupt:
         tqdm.write("stopping after this step (Ctrl-C again: at once)")
 
     def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.usual)
+        if signal.getsignal(signal.SIGINT) == self._ask:
+            signal.signal(signal.SIGINT, self.usual)
 
 
 def run_folder(stage, config):
@@ -172,6 +205,30 @@ def runs_of(runs, stage):
         if about.get("stage") == stage:
             found.append((about.get("started", ""), path.parent))
     return [folder for _, folder in sorted(found)]
+
+
+def curves_of(rows, panels):
+    """Rows of metrics.jsonl -> what `plot` draws: [(panel, {label: [(step, value), ...]}), ...].
+
+    panels: [(panel, metric, label), ...]; a metric that ends in * stands for all that begin so.
+    Curves without a point, and panels without a curve, are left out.
+
+    >>> rows = [{"step": 1, "accuracy": 0.5}, {"step": 2, "accuracy": 0.75, "eval/accuracy": None}]
+    >>> curves_of(rows, [("share", "accuracy", "right"), ("held out", "eval/accuracy", "")])
+    [('share', {'right': [(1, 0.5), (2, 0.75)]})]
+    """
+    drawn = {}
+    for panel, metric, label in panels:
+        stem = metric.removesuffix("*")
+        names = [metric]
+        if stem != metric:
+            names = sorted({name for row in rows for name in row if name.startswith(stem)})
+        for name in names:
+            curve = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            shown = name.removeprefix(stem).replace("_", " ") if stem != metric else label
+            if curve:
+                drawn.setdefault(panel, {})[shown] = curve
+    return list(drawn.items())
 
 
 def plot(path, panels, title):
@@ -220,29 +277,18 @@ def what_is_saved(run):
     return f"the last checkpoint is of step {step_of(found[-1])}: continue with --resume"
 
 
-@contextmanager
-def explain(run, cfg):
-    """What ends a training from outside becomes a UserError: what happened, what was saved, what
-    to change."""
-    try:
-        yield
-    except FloatingPointError as error:
-        what = f"{error}: stopped before that step; a lower --learning-rate may help"
-    except torch.OutOfMemoryError as error:
-        what = (
+def explain(error, run):
+    """In words for a person: what ended a training from outside, and what to change. None for an
+    error that is not of that kind: a bug, or none at all."""
+    if isinstance(error, FloatingPointError):
+        return f"{error}: stopped before that step; a lower --learning-rate may help"
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
             f"out of GPU memory ({str(error).partition('. ')[0]}); --micro-tokens below "
-            f"{cfg.micro_tokens or 16384}, a lower --engine.cache-gib, --recompute or "
+            f"{run.config.micro_tokens or 16384}, a lower --engine.cache-gib, --recompute or "
             "--release-cache may help"
         )
-    except OSError as error:
-        what = f"{error.filename or run.folder}: {(error.strerror or str(error)).lower()}"
-    except UserError as error:  # such as a judge's endpoint that is gone
-        what = str(error)
-    else:
-        return
-    raise UserError(f"{what}; {what_is_saved(run.folder)}") from None
-
-
-def interrupted(run, step):
-    """What to say after Ctrl-C."""
-    return f"interrupted: saved at step {step}; --resume --name {run.folder.name} continues"
+    if isinstance(error, OSError):
+        return f"{error.filename or run.folder}: {(error.strerror or str(error)).lower()}"
+    if isinstance(error, UserError):  # such as a judge's endpoint that is gone
+        return str(error)

@@ -20,22 +20,24 @@ from tqdm import tqdm
 from nanorrm.cli import parse_command, run_script
 from nanorrm.config import EngineConfig, JudgeSettings, UserError, at_least, one_of
 from nanorrm.data import answers
-from nanorrm.data.formats import as_query, as_text, id_of, read_rows
-from nanorrm.data.read import as_object, read_pairs
+from nanorrm.data.formats import as_query, as_text, id_of, parse_columns
+from nanorrm.data.read import read_all, read_pairs
 from nanorrm.engine.engine import Engine
 from nanorrm.engine.sampling import SamplingParams
 from nanorrm.files import write_rows
 from nanorrm.judge import prompts
 from nanorrm.judge.open import open_judge
-from nanorrm.model.tokenizer import END_THINK, THINK
+from nanorrm.model.tokenizer import after_thinking
 from nanorrm.records import Pair, shuffled
 
 ASK = {
     "value": "Think step by step, then give the final answer in \\boxed{}.",
     "choice": "Think step by step, then give the letter of the right choice in \\boxed{}.",
 }
-QUESTIONS = ("question", "problem", "query", "prompt")  # columns, the first one there is
-ANSWERS = ("answer", "ground_truth", "expected_answer", "solution", "reward_model")
+COLUMNS = {  # of files of questions, the first that is there
+    "question": ("question", "problem", "query", "prompt"),
+    "answer": ("answer", "ground_truth", "expected_answer", "solution", "reward_model"),
+}
 BATCH = 256  # questions sampled from at once
 
 
@@ -94,29 +96,23 @@ def read_questions(path, columns="", rule="auto"):
     reward_model.ground_truth, there also as a JSON list of several. Raises UserError that names the
     line.
     """
-    named = dict(part.partition("=")[::2] for part in columns.split(",")) if columns else {}
-    wanted = {"question": QUESTIONS, "answer": ANSWERS}
-    if named.keys() - wanted:
-        raise UserError(f"columns {columns!r}: should be question=COLUMN,answer=COLUMN")
-    wanted |= {role: (name,) for role, name in named.items()}
-    questions = []
-    for where, number, record in read_rows(path):
-        as_object(record, where)
-        asked, answered = (
-            next(filter(record.__contains__, names), "") for names in wanted.values()
+    given = parse_columns(columns, COLUMNS)
+    wanted = [(given[role],) if role in given else names for role, names in COLUMNS.items()]
+    return read_all(path, "questions", question_from, wanted, rule)
+
+
+def question_from(record, where, number, wanted, rule):
+    """One row -> Question. wanted: (columns of the question, columns of the answer)."""
+    asked, answered = (next(filter(record.__contains__, names), None) for names in wanted)
+    if asked is None or answered is None:
+        raise UserError(
+            f"{where}: columns {', '.join(record)} hold no question and answer that are known "
+            "by name; try --columns question=...,answer=..."
         )
-        if not asked or not answered:
-            raise UserError(
-                f"{where}: columns {', '.join(record)} hold no question and answer that are known "
-                "by name; try --columns question=...,answer=..."
-            )
-        known = known_answers(record[answered], f"{where}: {answered}")
-        query = as_query(record[asked], f"{where}: {asked}")
-        kind = answers.kind_of(known[0]) if rule == "auto" else rule
-        questions.append(Question(query, known, kind, id_of(record, str(number))))
-    if not questions:
-        raise UserError(f"{path}: no questions in it")
-    return questions
+    known = known_answers(record[answered], f"{where}: {answered}")
+    query = as_query(record[asked], f"{where}: {asked}")
+    kind = answers.kind_of(known[0]) if rule == "auto" else rule
+    return Question(query, known, kind, id_of(record, number))
 
 
 def known_answers(value, where):
@@ -141,26 +137,20 @@ def known_answers(value, where):
 
 def question_prompt(tokenizer, question):
     """Prompt ids that ask a model for a response, and whether they end inside opened thinking."""
-    if prompts.template_of(tokenizer) == "toy":
-        ids = tokenizer.encode(prompts.toy_solve(question.query).removesuffix(THINK))
-        ids += tokenizer.encode_template(THINK)
-    else:
-        messages = question.query
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
+    query = question.query
+    if prompts.template_of(tokenizer) != "toy":
+        messages = [{"role": "user", "content": query}] if isinstance(query, str) else query
         *before, last = messages
         ask = ASK["choice" if question.rule == "choice" else "value"]
-        ids = tokenizer.chat([*before, {**last, "content": f"{last['content']}\n\n{ask}"}])
-    begin, end = tokenizer.think_ids
-    tags = [token for token in ids if token in (begin, end)]
-    return ids, bool(tags) and tags[-1] == begin
+        query = [*before, {**last, "content": f"{last['content']}\n\n{ask}"}]
+    ids = prompts.query_prompt(tokenizer, query)
+    return ids, prompts.opens_thinking(tokenizer, ids)
 
 
 def response_of(completion, opened):
     """A completion's text without the thinking, or None if it never came to an end."""
-    _, closed, response = completion.text.rpartition(END_THINK)
-    thinks_on = not closed and (opened or THINK in response)
-    return None if thinks_on or completion.finish_reason != "stop" else response.strip() or None
+    response = after_thinking(completion.text, opened)
+    return None if completion.finish_reason != "stop" else (response or "").strip() or None
 
 
 def check(response, question):
@@ -181,23 +171,21 @@ def pair_of(question, checked, about):
 
     checked: [(response, outcome, answer), ...] of its samples; about: what goes into meta.
     """
-    first = {}
-    for place, (_, outcome, _) in enumerate(checked):
-        first.setdefault(outcome, place)
-    if not {"right", "wrong"} <= first.keys():
-        missing = [f"no {outcome}" for outcome in ("right", "wrong") if outcome not in first]
+    outcomes = [outcome for _, outcome, _ in checked]
+    missing = [f"no {side}" for side in ("right", "wrong") if side not in outcomes]
+    if missing:
         return None, " and ".join(missing) + " response"
-    right, wrong = (checked[first[outcome]] for outcome in ("right", "wrong"))
+    first = {side: outcomes.index(side) for side in ("right", "wrong")}
+    right, wrong = (checked[place][0] for place in first.values())
     meta = {
         **about,
         "rule": question.rule,
         "known": question.known,
-        "answers": {"right": right[2], "wrong": wrong[2]},
-        "samples": {"right": first["right"], "wrong": first["wrong"]},
-        "right_of": [sum(outcome == "right" for _, outcome, _ in checked), len(checked)],
+        "answers": {side: checked[place][2] for side, place in first.items()},
+        "samples": first,
+        "right_of": [outcomes.count("right"), len(outcomes)],
     }
-    pair = Pair(question.query, right[0], wrong[0], 1, question.id, "synth", meta)
-    return shuffled(pair), "kept"
+    return shuffled(Pair(question.query, right, wrong, 1, question.id, "synth", meta)), "kept"
 
 
 def make_pairs(cfg):
@@ -207,16 +195,9 @@ def make_pairs(cfg):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     engine = Engine.from_pretrained(cfg.model, cfg.engine)
-    params = SamplingParams(
-        n=cfg.samples,
-        temperature=cfg.temperature,
-        top_p=cfg.top_p,
-        max_tokens=cfg.max_tokens,
-        seed=cfg.seed,
-        logprobs=False,
-    )
-    settings = ("model", "data", "seed", "temperature", "top_p", "max_tokens")
-    about = {name: getattr(cfg, name) for name in settings}
+    decoding = {k: getattr(cfg, k) for k in ("seed", "temperature", "top_p", "max_tokens")}
+    params = SamplingParams(n=cfg.samples, logprobs=False, **decoding)
+    about = {"model": cfg.model, "data": cfg.data, **decoding}
     fates, outcomes = Counter(), Counter()
 
     def rows():
@@ -257,25 +238,24 @@ def label_pairs(cfg):
     )
     name = cfg.model or f"{judge.backend.name} at {cfg.endpoint}"
     about = {"judge": name, "judge_temperature": cfg.temperature, "judge_seed": cfg.seed}
-    fates, agree, rows = Counter(), [], []
-    for pair, verdict in zip(pairs, verdicts):
-        fates[fate_of(verdict)] += 1
-        if verdict.winner is None:
-            continue
-        told = {"p_first": verdict.p_first, "votes": len(verdict.votes)}
-        told |= {"invalid": verdict.invalid, "label_before": pair.label}
-        meta = {**pair.meta, **about, **told}
-        rows.append(asdict(replace(pair, label=verdict.winner, meta=meta)))
-        agree += [pair.label == verdict.winner] if pair.label else []
-    print(f"{cfg.data}: {tally(fates, 'pairs')}")
+    decided = [(pair, verdict) for pair, verdict in zip(pairs, verdicts) if verdict.winner]
+    rows = [asdict(labelled(pair, verdict, about)) for pair, verdict in decided]
+    print(f"{cfg.data}: {tally(Counter(map(fate_of, verdicts)), 'pairs')}")
     for reason in sorted({v.skipped for v in verdicts if v.skipped})[:3]:
         print(f"skipped, for example: {reason}")
     if not rows:
         raise UserError("the judge decided no pair: nothing written")
     write_rows(cfg.out, rows)
     print(f"{cfg.out}: {len(rows)} pairs")
-    if agree:
+    if agree := [pair.label == verdict.winner for pair, verdict in decided if pair.label]:
         print(f"{sum(agree)} of {len(agree)} labels that were there agree")
+
+
+def labelled(pair, verdict, about):
+    """The pair with a verdict's label; how sure it was, and `about`, stand in meta."""
+    votes = {"p_first": verdict.p_first, "votes": len(verdict.votes), "invalid": verdict.invalid}
+    meta = {**pair.meta, **about, **votes, "label_before": pair.label}
+    return replace(pair, label=verdict.winner, meta=meta)
 
 
 def fate_of(verdict):

@@ -3,10 +3,11 @@
 import random
 
 from nanorrm.judge.verdict import Verdict
+from nanorrm.records import flip
 
 
 class FakeJudge:
-    """A judge that asks answer(pair, swapped, rng) -> the slot named, 1 | 2, or None (unreadable).
+    """A judge that asks answer(pair, swapped, rng) -> the slot named, 1 | 2, or None (invalid).
 
     Each vote's chance depends on the seed, the pair and the vote's index, as with the engine.
     """
@@ -28,7 +29,7 @@ class FakeJudge:
                 for index in range(votes):
                     key = f"{self.seed}|{seed}|{pair.query}|{pair.a}|{pair.b}|{swapped}|{index}"
                     slot = self.answer(pair, swapped, random.Random(key))
-                    verdict.votes.append(slot and (3 - slot if swapped else slot))
+                    verdict.votes.append(flip(slot) if swapped else slot)
                     verdict.swapped.append(swapped)
                     verdict.thoughts.append("so")
                     verdict.finish_reasons.append("stop")
@@ -41,7 +42,7 @@ class FakeJudge:
 
 def slot_of(label, swapped):
     """The slot in which the response a label names (1: a, 2: b) is shown."""
-    return 3 - label if swapped else label
+    return flip(label) if swapped else label
 
 
 def oracle(pair, swapped, rng):
@@ -65,7 +66,7 @@ def coin(pair, swapped, rng):
 def often_right(share):
     """Right with the given chance, each vote alone."""
     return lambda pair, swapped, rng: slot_of(
-        pair.label if rng.random() < share else 3 - pair.label, swapped
+        pair.label if rng.random() < share else flip(pair.label), swapped
     )
 
 
@@ -93,6 +94,6 @@ def solver(share):
         if value not in (pair.a, pair.b):
             return rng.choice((1, 2))
         label = 1 if pair.a == value else 2
-        return slot_of(label if rng.random() < share else 3 - label, swapped)
+        return slot_of(label if rng.random() < share else flip(label), swapped)
 
     return answer

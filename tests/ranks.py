@@ -10,8 +10,7 @@ import torch
 
 from nanorrm import ranks
 from nanorrm.config import JudgeConfig, LossConfig
-from nanorrm.train.trainer import Trainer
-from train import policy_update
+from nanorrm.train.trainer import Trainer, policy_update
 
 
 def run(recorded, cfg, dtype=torch.float32, shard=False):

@@ -276,7 +276,7 @@ def test_empty_file_and_wrong_mapping_are_named(tmp_path):
     path = jsonl(tmp_path / "q.jsonl", [])
     with pytest.raises(UserError, match="no questions"):
         read_questions(path)
-    with pytest.raises(UserError, match="should be question=COLUMN,answer=COLUMN"):
+    with pytest.raises(UserError, match="'b' is none of question, answer"):
         read_questions(path, "question=q,b=c")
 
 

@@ -8,8 +8,8 @@ machine. The ceiling of the device is measured first.
 import sys
 
 from nanorrm.bench.engine import EngineBench, bench_engine
+from nanorrm.bench.estimate import MemoryTable, show_memory
 from nanorrm.bench.judge import JudgeBench, bench_judge
-from nanorrm.bench.memory import MemoryTable, show
 from nanorrm.bench.train import TrainBench, bench_train
 from nanorrm.cli import parse_command, run_script
 
@@ -17,7 +17,7 @@ COMMANDS = {
     "engine": (EngineBench, bench_engine),
     "train": (TrainBench, bench_train),
     "judge": (JudgeBench, bench_judge),
-    "memory": (MemoryTable, show),
+    "memory": (MemoryTable, show_memory),
 }
 
 

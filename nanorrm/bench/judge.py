@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanorrm.bench.tools import Clock, write_json
+from nanorrm.bench.tools import Clock, write_results
 from nanorrm.config import JudgeSettings, at_least
 from nanorrm.data.sources import ToySource
 from nanorrm.judge.open import open_judge
@@ -35,14 +35,11 @@ class JudgeBench:
 
 def bench_judge(cfg):
     """Print batches and shares of the time, and as the last line all of it as JSON."""
-    settings = JudgeSettings(cfg.model, max_tokens=cfg.max_tokens, threads=cfg.threads)
-    judge = open_judge(settings)
+    judge = open_judge(JudgeSettings(cfg.model, max_tokens=cfg.max_tokens, threads=cfg.threads))
     engine = judge.backend.engine
     rankings = ToySource(0).rankings(cfg.knockouts, cfg.size)
     bestof.rank(judge, rankings[:2], both_orders=False)  # warm up
-    clock = Clock(engine.model.device.type)
-    sizes = []
-    generate = engine.generate
+    clock, sizes, generate = Clock(engine.model.device.type), [], engine.generate
 
     def counted(prompts, *args):
         sizes.append(len(prompts))
@@ -73,6 +70,5 @@ def bench_judge(cfg):
     for name, part in seconds.items():
         print(f"  {name:10s} {part:8.2f} s  {part / whole:6.1%}")
     print(f"the champion is the right one in {result['champion_right']:.1%}")
-    if cfg.json:
-        write_json(cfg.json, result)
+    write_results(cfg.json, result)
     print(json.dumps(result))

@@ -1,52 +1,82 @@
-"""What the benchmarks share: model shapes, clocks, peak memory, and how results are written."""
+"""What the benches share: model shapes, the opening line, clocks, peak memory, results as JSON."""
 
 import gc
 import json
-import os
+import re
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
+from kernels.bench.measure import ceilings
 from nanorrm.config import UserError
+from nanorrm.files import write_text
 from nanorrm.model.architectures import ModelConfig
 from nanorrm.model.transformer import Transformer
 
-# Shapes by name: hidden, intermediate, layers, query heads, key heads, head size, vocabulary, tied.
+# C, width of the feed-forward layer, layers, Hq, Hkv, D, V, tied, architecture. The first five are
+# run, the last of them as Qwen2.5 has them; of the rest, which people train, the memory is counted.
 SHAPES = {
-    "toy": (64, 160, 3, 2, 2, 32, 261, True),
-    "10M": (384, 1024, 6, 6, 2, 64, 261, True),
-    "0.5B": (896, 4864, 24, 14, 2, 64, 151936, True),
-    "1.5B": (1536, 8960, 28, 12, 2, 128, 151936, True),
-    "7B": (3584, 18944, 28, 28, 4, 128, 152064, False),
+    "toy": (64, 160, 3, 2, 2, 32, 261, True, "qwen2"),
+    "10M": (384, 1024, 6, 6, 2, 64, 261, True, "qwen2"),
+    "0.5B": (896, 4864, 24, 14, 2, 64, 151936, True, "qwen2"),
+    "1.5B": (1536, 8960, 28, 12, 2, 128, 151936, True, "qwen2"),
+    "7B": (3584, 18944, 28, 28, 4, 128, 152064, False, "qwen2"),
+    "R1-Distill-Qwen-1.5B": (1536, 8960, 28, 12, 2, 128, 151936, False, "qwen2"),
+    "RRM-7B": (3584, 18944, 28, 28, 4, 128, 152064, False, "qwen2"),
+    "Llama-3.1-8B": (4096, 14336, 32, 32, 8, 128, 128256, False, "llama"),
+    "Qwen3-8B": (4096, 12288, 36, 32, 8, 128, 151936, False, "qwen3"),
+    "R1-Distill-Qwen-14B": (5120, 13824, 48, 40, 8, 128, 152064, False, "qwen2"),
+    "RRM-32B": (5120, 27648, 64, 40, 8, 128, 152064, False, "qwen2"),
 }
+MODELS = tuple(SHAPES)[5:]
 
 
 def shape(name, context=8192):
-    """The ModelConfig of a named shape. Raises UserError for another name."""
+    """The ModelConfig of a named shape, context in tokens. Raises UserError for another name."""
     if name not in SHAPES:
         raise UserError(f"{name!r} is not one of the shapes {', '.join(SHAPES)}")
-    hidden, inter, layers, heads, kv, dim, vocab, tied = SHAPES[name]
+    hidden, inter, layers, heads, kv, dim, vocab, tied, kind = SHAPES[name]
     return ModelConfig(
-        vocab, hidden, inter, layers, heads, kv, dim, context, tie_word_embeddings=tied
+        vocab, hidden, inter, layers, heads, kv, dim, context,
+        tie_word_embeddings=tied, attention_bias=kind == "qwen2", qk_norm=kind == "qwen3",
     )  # fmt: skip
 
 
 def build(name, device):
     """A random-weight model of a named shape; its entropy is not trivial, nothing ever stops it."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = Transformer(shape(name)).init_weights(0)
-    for p in model.parameters():
-        p.data = p.data.to(dtype)
+    for p in model.parameters():  # not model.to(dtype): the RoPE tables stay fp32
+        p.data = p.data.to(torch.float32 if device == "cpu" else torch.bfloat16)
     return model.to(device)
 
 
-def wait(device):
-    """Until the device is done with what it was given."""
+def start(threads):
+    """Open a bench: print where it runs and the ceilings, measured now.
+
+    threads: of torch on a CPU, 0 for its own choice. Returns the device, its name, and the ceilings
+    {"copy": bytes/s, "matmul": operations/s}.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    device, about, precision = "cpu", f"{torch.get_num_threads()} threads", "fp32"
+    if torch.cuda.is_available():
+        device, about, precision = "cuda", torch.cuda.get_device_name(), "bf16"
+    measured = ceilings(device, 1.0)
+    print(
+        f"{device}, {about}, torch {torch.__version__}, copy {measured['copy'] / 1e9:.1f} GB/s, "
+        f"{precision} product {measured['matmul'] / 1e12:.4g} TFLOP/s"
+    )
+    return device, about, measured
+
+
+def tidy(device):
+    """Give back the memory of what came before: cycles, and what torch keeps of a GPU."""
+    gc.collect()
     if device == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
 class Clock:
@@ -56,41 +86,31 @@ class Clock:
         self.device, self.seconds = device, Counter()
         self.open, self.since = [], 0.0
 
-    def _settle(self):
-        wait(self.device)
+    def turn(self, name=None):
+        """From here on time counts for `name`; None: again for the part around this one."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
         now = time.perf_counter()
         if self.open:
             self.seconds[self.open[-1]] += now - self.since
         self.since = now
-
-    def begin(self, name):
-        """From here on time counts for `name`, until its `end`."""
-        self._settle()
-        self.open.append(name)
-
-    def end(self):
-        """Time counts for the part around this one again."""
-        self._settle()
-        self.open.pop()
+        if name:
+            self.open.append(name)
+        else:
+            self.open.pop()
 
     @contextmanager
     def part(self, name):
-        """`begin` and `end` around a block."""
-        self.begin(name)
+        """Time within a block counts for `name`."""
+        self.turn(name)
         try:
             yield
         finally:
-            self.end()
+            self.turn()
 
     def watch(self, owner, method, name):
         """Calls of owner.method count for `name` from now on."""
-        inner = getattr(owner, method)
-
-        def timed(*args, **kwargs):
-            with self.part(name):
-                return inner(*args, **kwargs)
-
-        setattr(owner, method, timed)
+        setattr(owner, method, self.part(name)(getattr(owner, method)))
 
     def read(self):
         """{name: seconds} since the last reading."""
@@ -105,16 +125,14 @@ class PeakMemory:
     """
 
     def __init__(self, device):
-        self.device, self.before = device, 0
-        gc.collect()  # what an earlier model left in cycles
+        self.device, self.before = device, None
+        tidy(device)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             return
-        try:
+        with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
             self.before = self._resident("VmRSS")
-        except OSError:
-            self.before = None
 
     def read(self):
         if self.device == "cuda":
@@ -122,10 +140,8 @@ class PeakMemory:
         return None if self.before is None else self._resident("VmHWM") - self.before
 
     def _resident(self, field):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(field):
-                return int(line.split()[1]) * 1024
-        raise OSError(f"no {field} in /proc/self/status")
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(rf"{field}:\s*(\d+) kB", status)[1]) * 1024
 
 
 def numbers(text):
@@ -136,12 +152,10 @@ def numbers(text):
         raise UserError(f"{text!r} should be whole numbers separated by commas") from None
 
 
-def write_json(path, value):
-    """Beside, then renamed: a reader never finds half a file."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.tmp")
+def write_results(path, value):
+    """What was found so far, as a whole file of JSON; path None: nowhere."""
     try:
-        beside.write_text(json.dumps(value, indent=2) + "\n")
-        os.replace(beside, path)
+        if path:
+            write_text(Path(path), json.dumps(value, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror.lower()}") from None

@@ -11,24 +11,22 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import chain
 
 import torch
 
-from kernels.bench_measure import ceilings
 from nanorrm import ranks
+from nanorrm.bench import trl
 from nanorrm.bench.estimate import estimate, stop_chance, training_flops
-from nanorrm.bench.tools import Clock, PeakMemory, numbers, shape, write_json
-from nanorrm.bench.trl import TRLSteps, installed
-from nanorrm.config import JudgeConfig, UserError, at_least, one_of
+from nanorrm.bench.tools import Clock, PeakMemory, numbers, shape, start, tidy, write_results
+from nanorrm.config import EngineConfig, JudgeConfig, UserError, at_least, one_of
 from nanorrm.data import toy
 from nanorrm.engine.sampling import SamplingParams
 from nanorrm.model.transformer import Transformer
 from nanorrm.train import grpo
 from nanorrm.train.open import open_engine, open_weights
 from nanorrm.train.packing import Sample
-from nanorrm.train.trainer import Trainer
-from nanorrm.train.update import policy_update
+from nanorrm.train.trainer import Trainer, policy_update
 
 PARTS = ("rollout", "reward", "log-prob", "update", "other")  # of a whole step
 
@@ -61,49 +59,10 @@ class TrainBench:
         one_of("trl", self.trl, ("auto", "yes", "no"))
         if self.length and self.length < 8:
             raise UserError(f"length = {self.length} should be at least 8")
-        for chosen in (self.shapes, self.whole):
-            for name in names(chosen) if chosen else ():
-                shape(name)
-        if self.cases:
-            cases(self.cases)
+        for name in names(self.shapes or "-") + names(self.whole or "-"):
+            shape(name)
+        cases(self.cases or "2:3")
         numbers(self.micro)
-
-
-def bench_train(cfg):
-    """Print what was measured, and as the last line all of it as JSON."""
-    if cfg.estimate:
-        estimate()
-        return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    small = device == "cpu"
-    about = f"{torch.get_num_threads()} threads" if small else torch.cuda.get_device_name()
-    ceiling = ceilings(device, 1.0)["matmul"]
-    precision = "fp32" if small else "bf16"
-    print(
-        f"{device}, {about}, torch {torch.__version__}, "
-        f"{precision} product {ceiling / 1e12:.4g} TFLOP/s"
-    )
-    steps = []
-    print(f"\n{'training step':14s}  params  tokens      tok/s    MFU      peak")
-    for name in names(cfg.shapes or ("toy,10M" if small else "0.5B,1.5B")):
-        steps.append(training_step(name, cfg, device, ceiling))
-    wholes = []
-    for name in names(cfg.whole or ("toy" if small else "1.5B")):
-        for case in cases(cfg.cases or ("22:48,60:256" if small else "2000:8192")):
-            wholes.append(whole_step(name, *case, cfg, device))
-    result = {
-        "device": about,
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-        "ceiling_flops": ceiling,
-        "training_step": steps,
-        "whole_step": wholes,
-    }
-    if cfg.json:
-        write_json(cfg.json, result)
-    print(json.dumps(result))
 
 
 def names(text):
@@ -113,10 +72,36 @@ def names(text):
 
 def cases(text):
     """ "22:48,60:256" -> [(22, 48), (60, 256)]: mean and limit of the lengths, tokens."""
-    found = [numbers(case.replace(":", ",")) for case in text.split(",")]
+    found = [tuple(numbers(case.replace(":", ","))) for case in text.split(",")]
     if not all(len(case) == 2 and 1 < case[0] < case[1] for case in found):
         raise UserError(f"cases = {text!r} should be mean:limit,... with 1 < mean < limit")
-    return [tuple(case) for case in found]
+    return found
+
+
+def bench_train(cfg):
+    """Print what was measured, and as the last line all of it as JSON."""
+    if cfg.estimate:
+        estimate()
+        return
+    device, about, ceilings = start(cfg.threads)
+    small = device == "cpu"
+    result = {
+        "device": about,
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "ceiling_flops": ceilings["matmul"],
+        "training_step": [],
+        "whole_step": [],
+    }
+    print(f"\n{'training step':14s}  params  tokens      tok/s    MFU      peak")
+    for name in names(cfg.shapes or ("toy,10M" if small else "0.5B,1.5B")):
+        result["training_step"].append(training_step(name, cfg, device, ceilings["matmul"]))
+        write_results(cfg.json, result)
+    for name in names(cfg.whole or ("toy" if small else "1.5B")):
+        for case in cases(cfg.cases or ("22:48,60:256" if small else "2000:8192")):
+            result["whole_step"].append(whole_step(name, *case, cfg, device))
+            write_results(cfg.json, result)
+    print(json.dumps(result))
 
 
 # -- the training step
@@ -124,48 +109,43 @@ def cases(text):
 
 def training_step(name, cfg, device, ceiling):
     """One row: packed sequences through forward, backward and AdamW, as `Trainer.step` has it."""
-    small = device == "cpu"
-    tokens = cfg.tokens or (4096 if small else 16384)
-    length = min(tokens, cfg.length or (256 if small else 8192))
+    tokens = cfg.tokens or (4096 if device == "cpu" else 16384)
+    length = min(tokens, cfg.length or (256 if device == "cpu" else 8192))
+    tidy(device)
     run = JudgeConfig(learning_rate=1e-6, micro_tokens=tokens, recompute=cfg.recompute)
     model = Transformer(shape(name)).init_weights(0).to(device)
-    if not small:
+    if device == "cuda":
         ranks.shard(model, torch.bfloat16)  # as open_weights: bf16 beside fp32 masters
-    trainer = Trainer(model, run)
-    generator = torch.Generator().manual_seed(0)
+    trainer, n, generator = Trainer(model, run), tokens // length, torch.Generator().manual_seed(0)
     asked = length // 8  # an eighth is prompt
-    targets, samples = length - asked + 1, []
-    weight = {"weight": [1 / (tokens // length * targets)] * targets}
-    for _ in range(tokens // length):
-        ids = torch.randint(model.config.vocab_size, (length + 1,), generator=generator).tolist()
-        samples.append(Sample(ids[:asked], ids[asked:], weight))
-
-    def part(values, logp, entropy):
-        return grpo.policy_loss(
-            logp, logp.detach(), logp.detach(), torch.ones_like(logp), values["weight"], run.loss
-        )
+    targets = length + 1 - asked
+    ids = torch.randint(model.config.vocab_size, (n, length + 1), generator=generator).tolist()
+    samples = [Sample(row[:asked], row[asked:], {}) for row in ids]
 
     clock, memory, seconds = Clock(device), PeakMemory(device), []
     for _ in range(cfg.repeats + 1):
         with clock.part("step"):
-            trainer.step(trainer.batches(samples), part, run.learning_rate)
+            for batch in trainer.batches(samples):
+                logp, _ = trainer.logprobs(batch)
+                old, ones = logp.detach(), torch.ones_like(logp)
+                weight = ones / (n * targets)
+                trainer.backward(*grpo.policy_loss(logp, old, old, ones, weight, run.loss))
+            trainer.step(1)
         seconds.append(clock.read()["step"])
     median, peak = statistics.median(seconds[1:]), memory.read()
-    used = sum(map(len, samples))
-    flops = training_flops(model.config, [length] * len(samples), targets * len(samples))
     row = {
         "model": name,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens": used,
+        "tokens": n * length,
         "length": length,
-        "tokens_per_s": used / median,
-        "mfu": flops / median / ceiling,
+        "tokens_per_s": n * length / median,
+        "mfu": training_flops(model.config, [length] * n, targets * n) / median / ceiling,
         "peak_bytes": peak,
     }
     size = "?" if peak is None else f"{peak / 2**30:.2f} GiB"
     print(
-        f"  {name:12s}{row['parameters'] / 1e6:7.1f}M {used:7d} {row['tokens_per_s']:10.0f} "
-        f"{row['mfu']:6.1%} {size:>9s}  sequences of {length}",
+        f"  {name:12s}{row['parameters'] / 1e6:7.1f}M {row['tokens']:7d} "
+        f"{row['tokens_per_s']:10.0f} {row['mfu']:6.1%} {size:>9s}  sequences of {length}",
         flush=True,
     )
     return row
@@ -177,11 +157,18 @@ def training_step(name, cfg, device, ceiling):
 def whole_step(name, mean, longest, cfg, device):
     """One table: our step split into its parts, beside TRL's where that is installed."""
     prompts = cfg.prompts or (48 if device == "cpu" else 16)
-    beside = cfg.trl == "yes" or (cfg.trl == "auto" and device == "cpu" and installed())
+    rollouts = prompts * cfg.group
+    usual, tokens = cfg.prompt_tokens + mean, cfg.prompt_tokens + longest
+    micro = [m for m in numbers(cfg.micro) if rollouts % m == 0]
+    beside = cfg.trl == "yes" or (cfg.trl == "auto" and device == "cpu" and trl.installed())
+    if beside and not trl.installed():
+        raise UserError("TRL is not installed: pip install trl, or take --trl no")
+    if beside and not micro:
+        raise UserError(f"micro = {cfg.micro!r}: none divides the {rollouts} completions")
+    tidy(device)
     texts = random_texts(prompts, cfg.prompt_tokens)
     with tempfile.TemporaryDirectory() as folder:
-        context = max(8192, cfg.prompt_tokens + longest)
-        save_model(Path(folder), shape(name, context), stop_chance(mean, longest), device)
+        save_model(folder, shape(name, max(8192, tokens)), stop_chance(mean, longest), device)
         run = JudgeConfig(
             model=folder,
             prompts=prompts,
@@ -191,27 +178,21 @@ def whole_step(name, mean, longest, cfg, device):
             warmup_steps=0,
             micro_tokens=cfg.micro_tokens,
             recompute=cfg.recompute,
+            # a cache for all rollouts at their mean length: the rest of a GPU is for training
+            engine=EngineConfig(num_blocks=2 * rollouts + (rollouts * usual + tokens) // 16),
         )
         ours = OurSteps(run, texts, device)
         print(
             f"\nwhole GRPO step, {name}: {prompts} prompts x {cfg.group}, "
             f"completions of {mean} tokens on average, at most {longest}"
         )
-        trl = None
-        if beside:
-            micro = [m for m in numbers(cfg.micro) if (prompts * cfg.group) % m == 0]
-            if not micro:
-                raise UserError(
-                    f"micro = {cfg.micro!r}: none divides the {prompts * cfg.group} completions"
-                )
-            trl = best_trl(run, texts, micro, device, cfg.repeats, ours)
-        else:
-            for _ in range(cfg.repeats + 1):
-                ours.step()
+        theirs = best_trl(run, texts, micro, device, cfg.repeats, ours) if beside else None
+        for _ in range(0 if beside else cfg.repeats + 1):
+            ours.step()
     row = {"model": name, "prompts": prompts, "group": cfg.group, "limit": longest}
     row["nanorrm"] = report("nanorrm", ours.steps[1:])
-    if trl:
-        row["trl"] = report(f"TRL, {trl.micro} a pass", trl.steps[1:])
+    if theirs:
+        row["trl"] = report(f"TRL, {theirs.micro} a pass", theirs.steps[1:])
         row["ratio"] = row["trl"]["seconds"] / row["nanorrm"]["seconds"]
         apart = row["trl"]["mean_length"] / row["nanorrm"]["mean_length"] - 1
         row["lengths_apart"] = apart
@@ -225,25 +206,28 @@ def best_trl(run, texts, micro, device, repeats, ours):
     """TRL's steps at its best number of completions per pass, in turns with ours."""
     tried = {}
     for m in micro if len(micro) > 1 else ():
-        tries = TRLSteps(run, texts, rewards_of, m, device, 2)
+        tries = trl.TRLSteps(run, texts, rewards_of, m, device, 2)
         tries.run()
-        tried[m] = tries.steps[-1]["seconds"]
+        tried[m] = sum(tries.steps[-1]["parts"].values())
     best = min(tried, key=tried.get, default=micro[0])
-    trl = TRLSteps(run, texts, rewards_of, best, device, repeats + 1)
-    trl.run(ours.step)
-    return trl
+    steps = trl.TRLSteps(run, texts, rewards_of, best, device, repeats + 1)
+    steps.run(ours.step)
+    return steps
 
 
 def report(who, steps):
     """Print and return the median step: its seconds in all and by part, and its lengths."""
-    row = {"seconds": statistics.median(s["seconds"] for s in steps)}
-    row["all_seconds"] = [s["seconds"] for s in steps]
-    row["parts"] = {p: statistics.median(s["parts"].get(p, 0.0) for s in steps) for p in PARTS}
-    row["mean_length"] = statistics.fmean(n for s in steps for n in s["lengths"])
-    row["longest"] = max(n for s in steps for n in s["lengths"])
-    tokens = sum(n for s in steps for n in s["lengths"])
-    row["tokens_per_s"] = tokens / sum(row["all_seconds"])
-    parts = "  ".join(f"{name} {seconds:.3f}" for name, seconds in row["parts"].items())
+    seconds = [sum(step["parts"].values()) for step in steps]
+    lengths = list(chain.from_iterable(step["lengths"] for step in steps))
+    row = {
+        "seconds": statistics.median(seconds),
+        "all_seconds": seconds,
+        "parts": {p: statistics.median(s["parts"].get(p, 0.0) for s in steps) for p in PARTS},
+        "mean_length": statistics.fmean(lengths),
+        "longest": max(lengths),
+        "tokens_per_s": sum(lengths) / sum(seconds),
+    }
+    parts = "  ".join(f"{name} {spent:.3f}" for name, spent in row["parts"].items())
     print(
         f"  {who:18s}{row['seconds']:8.3f} s  {parts}  "
         f"lengths {row['mean_length']:.1f}, at most {row['longest']}",
@@ -264,39 +248,26 @@ def rewards_of(completion_ids):
 
 
 def save_model(folder, config, chance, device):
-    """Write random weights whose completions end at each token with the same chance.
-
-    Its output matrix is its own, as that of R1-Distill-Qwen-1.5B and larger: bf16 could not hold a
-    small difference beside the large channel of the embeddings.
-    """
-    config.tie_word_embeddings = False
-    config.eos_token_id = toy.model_config().eos_token_id
-    model = Transformer(config).init_weights(0)
-    set_stop_chance(model, chance)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    model.save_pretrained(folder, toy.make_tokenizer(), dtype)
-
-
-def set_stop_chance(model, chance):
-    """Give the end token about this probability after any text.
+    """Write random weights whose completions end after any token with about this chance.
 
     Channel 0 of all embeddings is large and equal, so it is in the last hidden state, too; the end
-    token's row of the output matrix makes of it whatever logit is needed.
+    token's row of the output matrix makes of it whatever logit is needed. That matrix is its own,
+    as that of R1-Distill-Qwen-1.5B and larger: bf16 could not hold a small difference beside the
+    large channel of the embeddings.
     """
-    (end,) = model.config.eos_token_id
-    embed = model.model.embed_tokens.weight.data
-    embed[:, 0] = model.config.hidden_size**0.5
+    end = toy.model_config().eos_token_id
+    config.tie_word_embeddings, config.eos_token_id = False, end
+    model = Transformer(config).init_weights(0)
+    model.model.embed_tokens.weight.data[:, 0] = config.hidden_size**0.5
+    model.head.data[end] = 0
     words = torch.randint(256, (512,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         hidden = model(words, torch.tensor([0, 256, 512]))
-        logits = (hidden @ model.head.T).double()
-        others = logits.index_fill(1, torch.tensor([end]), -torch.inf).logsumexp(1)
-        low, high = -100.0, 100.0  # bisection: the mean chance grows with the shift
-        for _ in range(60):
-            shift = (low + high) / 2
-            mean = torch.sigmoid(logits[:, end] + shift * hidden[:, 0] - others).mean()
-            low, high = (low, shift) if mean > chance else (shift, high)
-    model.head.data[end, 0] += shift
+        others = (hidden @ model.head.T).index_fill(1, torch.tensor(end), -torch.inf).logsumexp(1)
+        logit = torch.logit(torch.tensor(chance)) + others
+        model.head[end, 0] = (logit / hidden[:, 0]).mean()
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model.save_pretrained(folder, toy.make_tokenizer(), dtype)
 
 
 class OurSteps:
@@ -310,20 +281,19 @@ class OurSteps:
         self.questions = [self.engine.tokenizer.encode(text) for text in texts]
         self.clock.watch(self.engine, "generate", "rollout")
         self.clock.watch(self.trainer, "logprobs", "log-prob")
+        self.clock.watch(self.trainer, "backward", "update")
         self.clock.watch(self.trainer, "step", "update")
 
     def step(self):
         """Roll out, reward, update; the parts add up to the whole."""
-        run, clock, number = self.run, self.clock, len(self.steps) + 1
+        run, number = self.run, len(self.steps) + 1
         params = SamplingParams(n=run.group, max_tokens=run.max_tokens, seed=number)
-        clock.begin("other")  # packing, and what the engine does about new weights
-        groups = self.engine.generate(self.questions, params)
-        with clock.part("reward"):
-            rewards = [rewards_of([c.ids for c in group]) for group in groups]
-        advantages = grpo.advantages(torch.tensor(rewards))
-        policy_update(self.trainer, number, self.questions, groups, advantages, run)
-        self.engine.sync(self.trainer.model)
-        clock.end()
-        parts = clock.read()
+        with self.clock.part("other"):  # packing, and what the engine does about new weights
+            groups = self.engine.generate(self.questions, params)
+            with self.clock.part("reward"):
+                rewards = [rewards_of([c.ids for c in group]) for group in groups]
+            advantages = grpo.advantages(torch.tensor(rewards))
+            policy_update(self.trainer, number, self.questions, groups, advantages, run)
+            self.engine.sync(self.trainer.model)
         lengths = [len(c.ids) for group in groups for c in group]
-        self.steps.append({"seconds": sum(parts.values()), "parts": parts, "lengths": lengths})
+        self.steps.append({"parts": self.clock.read(), "lengths": lengths})

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 from nanorrm.bench.tools import Clock
-from nanorrm.config import UserError
 
 
 def installed():
@@ -16,63 +15,13 @@ def installed():
 
 @contextmanager
 def quiet():
-    """Without their progress bars, their advice, and warnings of their own making."""
-    from transformers.utils.logging import disable_progress_bar, enable_progress_bar
-
-    disable_progress_bar()
-    loggers = [logging.getLogger(name) for name in ("transformers", "trl")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    """Without their advice, and warnings of their own making."""
+    logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        enable_progress_bar()
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
-
-
-def make_trainer(run, texts, reward, micro, device, steps):
-    """The GRPOTrainer of so many steps, ready to train."""
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerFast, PrinterCallback
-    from trl import GRPOConfig, GRPOTrainer
-
-    config = GRPOConfig(
-        output_dir=run.model,
-        max_steps=steps,
-        learning_rate=run.learning_rate,
-        lr_scheduler_type="constant",
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=run.prompts * run.group // micro,
-        num_generations=run.group,
-        max_completion_length=run.max_tokens,
-        temperature=run.temperature,
-        beta=0.0,
-        loss_type="dapo",  # the mean over all tokens of the step, as our default
-        shuffle_dataset=False,
-        use_vllm=False,
-        use_cpu=device == "cpu",
-        bf16=device == "cuda",
-        gradient_checkpointing=False,
-        eval_strategy="no",
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        model_init_kwargs={"dtype": "float32"},
-    )
-    trainer = GRPOTrainer(
-        model=run.model,
-        reward_funcs=reward,
-        args=config,
-        train_dataset=Dataset.from_dict({"prompt": texts * steps}),
-        processing_class=PreTrainedTokenizerFast.from_pretrained(run.model),
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+        logging.disable(logging.NOTSET)
 
 
 class TRLSteps:
@@ -84,8 +33,10 @@ class TRLSteps:
     """
 
     def __init__(self, run, texts, reward, micro, device, steps):
-        if not installed():
-            raise UserError("TRL is not installed: pip install trl, or take --trl no")
+        from datasets import Dataset
+        from transformers import PreTrainedTokenizerFast, PrinterCallback
+        from trl import GRPOConfig, GRPOTrainer
+
         self.micro, self.steps, self.clock, self.lengths = micro, [], Clock(device), []
 
         def scored(completion_ids, **_):
@@ -93,7 +44,36 @@ class TRLSteps:
             return reward(completion_ids)
 
         with quiet():
-            self.trainer = make_trainer(run, texts, scored, micro, device, steps)
+            config = GRPOConfig(
+                output_dir=run.model,
+                max_steps=steps,
+                learning_rate=run.learning_rate,
+                lr_scheduler_type="constant",
+                per_device_train_batch_size=micro,
+                gradient_accumulation_steps=run.prompts * run.group // micro,
+                num_generations=run.group,
+                max_completion_length=run.max_tokens,
+                temperature=run.temperature,
+                beta=0.0,
+                loss_type="dapo",  # the mean over all tokens of the step, as our default
+                shuffle_dataset=False,
+                use_cpu=device == "cpu",
+                bf16=device == "cuda",
+                gradient_checkpointing=False,
+                save_strategy="no",
+                logging_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                model_init_kwargs={"dtype": "float32"},
+            )
+            self.trainer = GRPOTrainer(
+                model=run.model,
+                reward_funcs=scored,
+                args=config,
+                train_dataset=Dataset.from_dict({"prompt": texts * steps}),
+                processing_class=PreTrainedTokenizerFast.from_pretrained(run.model),
+            )
+        self.trainer.remove_callback(PrinterCallback)
         for method, name in {
             "_generate_single_turn": "rollout",
             "_calculate_rewards": "reward",
@@ -111,13 +91,11 @@ class TRLSteps:
         class Timer(TrainerCallback):
             def on_step_begin(self, args, state, control, **_):
                 if not clock.open:
-                    clock.begin("update")
+                    clock.turn("update")
 
             def on_step_end(self, args, state, control, **_):
-                clock.end()
-                parts = clock.read()
-                seconds = sum(parts.values())
-                steps.steps.append({"seconds": seconds, "parts": parts, "lengths": steps.lengths})
+                clock.turn()
+                steps.steps.append({"parts": clock.read(), "lengths": steps.lengths})
                 between()
 
         self.trainer.add_callback(Timer())

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from math import inf
 
 from nanorrm.judge.verdict import last_boxed
 from nanorrm.model.tokenizer import END_THINK
@@ -37,10 +38,10 @@ NO_UNIT = re.compile(
 
 @dataclass(frozen=True)
 class Number:
-    """An exact value; decimals: digits after the point as written, None for a fraction."""
+    """An exact value and how it was written."""
 
     value: Fraction  # of a percentage: as written, 50 of 50%
-    decimals: int | None
+    decimals: float  # digits after the point; inf for what is exact: a fraction, a power of ten
     percent: bool
     unit: tuple[str, ...]  # words, lower case, without plural; () for none
 
@@ -91,10 +92,10 @@ def number(text):
     if tight or NO_UNIT.search(unit) or (sign and inner) or (bottom and not int(bottom)):
         return None
     if decimal is None:
-        value, decimals = Fraction(int(top), int(bottom)) + int(whole or 0), None
+        value, decimals = Fraction(int(top), int(bottom)) + int(whole or 0), inf
     else:
         value = Fraction(decimal.replace(",", "")) * Fraction(10) ** int(power or 0)
-        decimals = None if power else len(decimal.partition(".")[2])
+        decimals = inf if power else len(decimal.partition(".")[2])
     if "-" in (sign, inner):
         value = -value
     words = [word.removesuffix("s") for word in re.split("[ /]", unit or CURRENCY[currency])]
@@ -139,12 +140,10 @@ def same_number(x, y):
         share, other = (x, y) if x.percent else (y, x)
         if share.value == other.value and share.value:
             return True if abs(share.value) > 1 else None
-        decimals = None if share.decimals is None else share.decimals + 2
-        x, y = Number(share.value / 100, decimals, False, ()), other
+        x, y = Number(share.value / 100, share.decimals + 2, False, ()), other
     if x.value == y.value:
         return True
-    written = [99 if n.decimals is None else n.decimals for n in (x, y)]
-    places = min(written) if min(written) != max(written) else 0
+    places = min(x.decimals, y.decimals) if x.decimals != y.decimals else 0
     rounded = places and abs(x.value - y.value) * 10**places <= Fraction(1, 2)
     return None if rounded else False
 

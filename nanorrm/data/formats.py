@@ -6,9 +6,8 @@ none of them, the error proposes a mapping by looking at its names and contents.
 
 import json
 import re
-from collections.abc import Mapping
 from difflib import get_close_matches
-from itertools import permutations
+from itertools import islice, permutations
 from pathlib import Path
 
 from nanorrm.config import UserError
@@ -22,28 +21,23 @@ LAYOUTS = [
     {"query": "prompt", "chosen": "chosen", "rejected": "rejected"},  # RewardBench, UltraFeedback
     {"chosen": "chosen", "rejected": "rejected"},  # Skywork-Reward-Preference
 ]
-PANDALM = ("instruction", "input", "response1", "response2", "annotator1")
+PANDALM = {"instruction", "input", "response1", "response2", "annotator1"}
 ROLES = ("query", "a", "b", "label", "chosen", "rejected", "responses", "truth", "id", "source")
 IDS = ("id", "question_id", "prompt_id", "pair_id")
-LABELS = {
-    "1": 1,
-    "2": 2,
-    "1.0": 1,
-    "2.0": 2,
-    "A": 1,
-    "B": 2,
-    "A>B": 1,
-    "B>A": 2,
-    "A=B": None,
-    "tie": None,
-}
+LABELS = {"1": 1, "1.0": 1, "A": 1, "A>B": 1, "2": 2, "2.0": 2, "B": 2, "B>A": 2}
+LABELS |= {"A=B": None, "tie": None}
 
-# what a mapping is guessed from: words of names, the likelier first
-QUERY_WORDS = ("query", "prompt", "question", "instruction", "problem", "input", "task", "user")
-LABEL_WORDS = ("label", "winner", "preference", "preferred", "better", "choice", "gold", "verdict")
-BETTER = [("chosen", "rejected"), ("better", "worse"), ("good", "bad"), ("positive", "negative")]
-BETTER += [("preferred", "rejected"), ("win", "lose"), ("winner", "loser"), ("pos", "neg")]
-SIDES = [("a", "b"), ("1", "2"), ("0", "1"), ("first", "second"), ("left", "right"), ("one", "two")]
+HEAD = 50  # rows from which the columns of an unknown file are guessed
+# what a mapping is guessed from: the words in the names of a role's columns, the likelier first
+WORDS = {
+    "query": ("query", "prompt", "question", "instruction", "problem", "input", "task", "user"),
+    "chosen": ("chosen", "preferred", "better", "good", "positive", "pos", "winner", "win"),
+    "rejected": ("rejected", "dispreferred", "worse", "bad", "negative", "neg", "loser", "lose"),
+    "a": ("a", "1", "0", "first", "left", "one"),
+    "b": ("b", "2", "1", "second", "right", "two"),
+    "label": ("label", "winner", "preference", "preferred", "better", "choice", "gold", "verdict"),
+    "source": ("source", "subset", "category", "domain", "section"),
+}
 
 
 # -- files -> rows
@@ -55,7 +49,7 @@ def read_rows(path):
     where names the file and the row for error messages; number counts lines or rows from 1, blank
     lines counted but not yielded. A `*` in the file's name takes all that fit, by name, as the
     parts of one (number is then text: file:number). Raises UserError at the first row that can't be
-    read.
+    read or is no object.
     """
     path = Path(path)
     if "*" in path.name:
@@ -66,23 +60,30 @@ def read_rows(path):
             for where, number, record in read_rows(file):
                 yield where, f"{file.stem}:{number}", record
         return
+    rows = parquet_rows(path) if path.suffix == ".parquet" else json_rows(path)
     try:
-        if path.suffix == ".parquet":
-            yield from parquet_rows(path)
-        elif path.suffix == ".json" and (text := path.read_text("utf-8-sig")).lstrip()[:1] == "[":
-            for n, record in enumerate(parse(text, path), 1):
-                yield f"{path}, row {n}", n, record
-        else:
-            # newline="\n": U+2028 and a lone \r inside a text are no line ends
-            with open(path, encoding="utf-8-sig", newline="\n") as lines:
-                for n, line in enumerate(lines, 1):
-                    if line.strip():
-                        where = f"{path}, line {n}"
-                        yield where, n, parse(line, where)
+        for where, number, record in rows:
+            if not isinstance(record, dict):
+                raise UserError(f"{where}: should be an object, not {type(record).__name__}")
+            yield where, number, record
     except OSError as error:
         raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error})") from None
+
+
+def json_rows(path):
+    """The rows of a list in a .json file, else of a file with one on each line."""
+    if path.suffix == ".json" and (text := path.read_text("utf-8-sig")).lstrip()[:1] == "[":
+        for n, record in enumerate(parse(text, path), 1):
+            yield f"{path}, row {n}", n, record
+        return
+    # newline="\n": U+2028 and a lone \r inside a text are no line ends
+    with open(path, encoding="utf-8-sig", newline="\n") as lines:
+        for n, line in enumerate(lines, 1):
+            if line.strip():
+                where = f"{path}, line {n}"
+                yield where, n, parse(line, where)
 
 
 def parse(text, where):
@@ -94,19 +95,18 @@ def parse(text, where):
 
 
 def parquet_rows(path):
-    """Yield (where, number, record) of each row of a parquet file."""
+    """The rows of a parquet file."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise UserError(f"{path}: reading parquet needs pyarrow (pip install pyarrow)") from None
-    number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", number, record
+            batches = file.iter_batches(batch_size=256)
+            records = (record for batch in batches for record in batch.to_pylist())
+            for n, record in enumerate(records, 1):
+                yield f"{path}, row {n}", n, record
     except pyarrow.ArrowException as error:
         raise UserError(f"{path}: not readable as parquet ({error})") from None
 
@@ -130,7 +130,7 @@ def as_text(value, where):
 def as_messages(value, where):
     """A list of messages with nothing in them but role and content."""
     for message in value or [None]:
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise UserError(f"{where}: messages should be objects with a text 'content'")
     return [
         {"role": str(m.get("role", "user")), "content": as_text(m["content"], where)} for m in value
@@ -181,7 +181,7 @@ def pandalm(record):
         "query": "\n\n".join(text for text in map(str, given) if text.strip()),
         "a": str(record["response1"]),
         "b": str(record["response2"]),
-        "label": often if often in (1, 2) and votes.count(often) * 2 > len(votes) else None,
+        "label": LABELS.get(str(often)) if votes.count(often) * 2 > len(votes) else None,
         "id": record.get("idx"),
         "source": record.get("cmp_key"),
         "meta": {"annotators": votes},
@@ -191,52 +191,84 @@ def pandalm(record):
 # -- which column is what
 
 
-def parse_columns(columns):
-    """ "query=prompt,a=left,b=right" (or a dictionary) -> {"query": "prompt", ...}, or None.
+def parse_columns(columns, roles=ROLES):
+    """`--columns` -> {role: column}; nothing given is {}, a dictionary is checked and returned.
 
-    Raises UserError for a part that is no assignment or names no role (see ROLES).
+    Raises UserError for a part that is no assignment or is to none of the roles.
+
+    >>> parse_columns("query=prompt, a=left,b=right")
+    {'query': 'prompt', 'a': 'left', 'b': 'right'}
     """
-    if not columns:
-        return None
-    if isinstance(columns, str):
-        parts = [part.partition("=") for part in columns.split(",")]
-        columns = {role.strip(): name.strip() if equals else "" for role, equals, name in parts}
-    for role, name in columns.items():
-        if role not in ROLES or not name:
-            raise UserError(
-                f"columns: {role!r} should be ROLE=COLUMN, with a role of {', '.join(ROLES)}"
-            )
-    return columns
+    named = columns or {}
+    if isinstance(named, str):
+        parts = [part.partition("=") for part in named.split(",") if part.strip()]
+        named = {role.strip(): name.strip() for role, _, name in parts}
+    for role, name in named.items():
+        if not name:
+            raise UserError(f"columns {columns!r}: write wanted=given,wanted=given")
+        if role not in roles:
+            raise UserError(f"columns {columns!r}: {role!r} is none of {', '.join(roles)}")
+    return named
 
 
-def layout_of(record, columns=None):
-    """The mapping {role: column} of a comparison that fits a record, or None if none does.
+def layout_of(record, columns, where, path):
+    """The mapping {role: column} of a comparison that fits a record of a file.
 
-    columns: a mapping given by the user, which is then the only one that counts.
+    columns: a mapping given by the user, which is then the only one that counts, or {}. Raises
+    UserError if none fits: what the record has, what is known, what to try.
     """
     for layout in [columns] if columns else LAYOUTS:
         needed = [name for role, name in layout.items() if columns or role != "label"]
         whole = {"query", "a", "b"} <= layout.keys() or {"chosen", "rejected"} <= layout.keys()
         if whole and all(name in record for name in needed):
             return layout
-    return None
-
-
-def unknown_columns(record, columns, where, head):
-    """The UserError for a record with no known layout: what it has, what is known, what to try.
-
-    head: the file's first records, from which a mapping is proposed.
-    """
-    for role, name in (columns or {}).items():
+    for role, name in columns.items():
         if name not in record:
             near = get_close_matches(name, record, 1)
             hint = f"; did you mean {near[0]}?" if near else f" (it has {', '.join(record)})"
-            return UserError(f"{where}: no column {name!r} for {role}{hint}")
+            raise UserError(f"{where}: no column {name!r} for {role}{hint}")
     known = " or ".join("/".join(names.values()) for names in LAYOUTS) + " or PandaLM's"
-    hint = propose(head) or "query=...,a=...,b=...,label=... or query=...,chosen=...,rejected=..."
-    return UserError(
+    hint = propose([row for *_, row in islice(read_rows(path), HEAD)])
+    hint = hint or "query=...,a=...,b=...,label=... or query=...,chosen=...,rejected=..."
+    raise UserError(
         f"{where}: columns {', '.join(record)} are not known (known: {known}); try --columns {hint}"
     )
+
+
+def propose(head, wanted=()):
+    """A mapping to try for records in unknown columns, as --columns takes it; "" for no idea.
+
+    wanted: the names to find columns for; none given: the roles of a comparison. Two text columns
+    that differ in one word (a/b, 1/2, better/worse) are the responses, failing that the two
+    longest; a column with nothing in it but labels is the label; others go by words and likeness.
+
+    >>> propose([{"instruction": "2+2", "model_1": "4", "model_2": "5", "winner": 1}])
+    'query=instruction,a=model_1,b=model_2,label=winner'
+    >>> propose([{"good": "4", "bad": "5", "question": "2+2"}], ["prompt", "output_1", "output_2"])
+    'prompt=question,output_1=good,output_2=bad'
+    """
+    names = dict.fromkeys(name for record in head for name in record)
+    cells = {name: [r[name] for r in head if r.get(name) is not None] for name in names}
+    labels = [n for n in names if cells[n] and all(str(v) in LABELS for v in cells[n])]
+    plain = str | int | float | list
+    texts = [n for n in names if cells[n] and all(isinstance(v, plain) for v in cells[n])]
+    pair = response_columns(texts)
+    if not pair and len(texts) > 2:
+        longest = [n for n in texts if n not in labels and n not in named("query", texts)[:1]]
+        longest.sort(key=lambda n: -sum(len(str(v)) for v in cells[n]) / len(cells[n]))
+        pair = dict(zip("ab", sorted(longest[:2], key=texts.index)))
+    guessing = wanted or ("query", *pair, *(["label"] if labels and "a" in pair else []))
+    found = dict(zip(response_columns(guessing).values(), pair.values()))
+    for name in guessing:
+        role = next((role for role in WORDS if named(role, [name])), None)
+        free = [n for n in texts if n not in found.values()]
+        if role in ("query", "label"):
+            free = [n for n in free if (n in labels) == (role == "label")]
+        alike = named(role, free) + get_close_matches(name, free, 1, 0.5) + free
+        found.setdefault(name, next(iter(alike), "..."))
+    if not wanted and ("..." in found.values() or len(pair) < 2):
+        return ""
+    return ",".join(f"{name}={found[name]}" for name in guessing)
 
 
 def words(name):
@@ -248,50 +280,22 @@ def words(name):
     return [w.lower() for w in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)]
 
 
-def propose(head):
-    """A mapping to try for records of unknown columns, as --columns takes it; "" for no idea.
-
-    Two text columns that differ in one word (a/b, 1/2, better/worse) are the responses, failing
-    that the two longest; a column with nothing in it but labels is the label.
-
-    >>> rows = [{"instruction": "2+2", "model_1": "4", "model_2": "5", "winner": 1}]
-    >>> propose(rows)
-    'query=instruction,a=model_1,b=model_2,label=winner'
-    """
-    head = [record for record in head if isinstance(record, Mapping)]
-    names = list(dict.fromkeys(name for record in head for name in record))
-    cells = {name: [r[name] for r in head if r.get(name) is not None] for name in names}
-    labels = [n for n in names if cells[n] and all(str(v) in LABELS for v in cells[n])]
-    plain = str | int | float | list
-    texts = [n for n in names if cells[n] and all(isinstance(v, plain) for v in cells[n])]
-    found = response_columns(texts)
-    rest = [name for name in texts if name not in found.values()]
-    queries = [n for w in QUERY_WORDS for n in rest if w in words(n)]
-    if not found:
-        prose = [n for n in rest if n not in labels and n not in queries[:1]]
-        prose.sort(key=lambda n: -sum(len(str(v)) for v in cells[n]) / len(cells[n]))
-        found = dict(zip("ab", sorted(prose[:2], key=names.index)))
-    queries += [name for name in rest if name not in labels]
-    queries = [name for name in queries if name not in found.values()]
-    if len(found) < 2 or not queries:
-        return ""
-    found = {"query": queries[0], **found}
-    labels = [n for n in labels if n not in found.values()]
-    labels.sort(key=lambda n: not set(words(n)) & set(LABEL_WORDS))
-    if labels and "a" in found:
-        found["label"] = labels[0]
-    return ",".join(f"{role}={name}" for role, name in found.items())
+def named(role, names):
+    """Those of the names that have a word of a role in them, the likeliest first."""
+    return [name for word in WORDS.get(role, ()) for name in names if word in words(name)]
 
 
 def response_columns(names):
-    """The two names that differ in one word of a known kind -> {role: name}, or {}."""
-    found = {}
-    for first, second in permutations(names, 2):
-        one, other = words(first), words(second)
-        apart = [pair for pair in zip(one, other) if pair[0] != pair[1]]
-        if len(one) == len(other) and len(apart) == 1:
-            if apart[0] in BETTER:
-                return {"chosen": first, "rejected": second}
-            if apart[0] in SIDES and not found:
-                found = {"a": first, "b": second}
-    return found
+    """Two names that one word tells apart, the better or the first named first, or {}.
+
+    >>> response_columns(["text_1", "text_2", "id"]), response_columns(["bad_one", "good_one"])
+    ({'a': 'text_1', 'b': 'text_2'}, {'chosen': 'good_one', 'rejected': 'bad_one'})
+    """
+    for roles in (("chosen", "rejected"), ("a", "b")):
+        for both in permutations(names, 2):
+            one, other = map(words, both)
+            apart = [pair for pair in zip(one, other) if pair[0] != pair[1]]
+            one_word = len(one) == len(other) and len(apart) == 1
+            if one_word and all(word in WORDS[role] for word, role in zip(apart[0], roles)):
+                return dict(zip(roles, both))
+    return {}

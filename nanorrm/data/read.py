@@ -1,12 +1,7 @@
-"""Comparisons: the records `Pair` and `Ranking`, their readers, and what training takes pairs from.
+"""Files of comparisons, rankings and queries -> the records Pair, Ranking and Query."""
 
-A source is asked for its pairs start to start + n; the answer depends on the seed and these two
-alone, so a resumed run goes on in the middle of an epoch from one saved integer.
-"""
-
-import math
+import sys
 from dataclasses import replace
-from itertools import chain, islice
 
 from nanorrm.config import UserError
 from nanorrm.data.formats import (
@@ -20,11 +15,19 @@ from nanorrm.data.formats import (
     pandalm,
     parse_columns,
     read_rows,
-    unknown_columns,
 )
 from nanorrm.records import Pair, Query, Ranking, shuffled
 
-HEAD = 50  # rows from which the columns of an unknown file are guessed
+LARGEST = sys.float_info.max  # what is above it, infinite or no number at all is no truth
+QUERIES = ("query", "prompt", "question", "instruction", "messages")  # columns, the first there is
+
+
+def read_all(path, what, make, *more):
+    """[make(record, where, number, *more), ...] of a file's rows; UserError if it has none."""
+    made = [make(record, where, str(number), *more) for where, number, record in read_rows(path)]
+    if not made:
+        raise UserError(f"{path}: no {what} in it")
+    return made
 
 
 def read_pairs(path, columns=None):
@@ -36,24 +39,14 @@ def read_pairs(path, columns=None):
     decides who comes first. Raises UserError naming the file and line at the first that can't be
     used.
     """
-    columns, pairs = parse_columns(columns), []
-    rows = read_rows(path)
-    head = list(islice(rows, HEAD))
-    for where, number, record in chain(head, rows):
-        as_object(record, where)
-        if columns is None and record.keys() >= set(PANDALM):
-            record = pandalm(record)
-        layout = layout_of(record, columns)
-        if layout is None:
-            raise unknown_columns(record, columns, where, [row for *_, row in head])
-        pairs.append(pair_from(record, layout, where, str(number)))
-    if not pairs:
-        raise UserError(f"{path}: no comparisons in it")
-    return pairs
+    return read_all(path, "comparisons", pair_from, parse_columns(columns), path)
 
 
-def pair_from(record, layout, where, number):
-    """One row -> Pair, by a mapping {role: column}. Raises UserError that names what is wrong."""
+def pair_from(record, where, number, columns, path):
+    """One row -> Pair. Raises UserError that names what is wrong."""
+    if not columns and record.keys() >= PANDALM:
+        record = pandalm(record)
+    layout = layout_of(record, columns, where, path)
     first, second = ("chosen", "rejected") if "chosen" in layout else ("a", "b")
     names = layout[first], layout[second]
     (before, a), (other, b) = (as_response(record[n], f"{where}: {n}") for n in names)
@@ -77,32 +70,22 @@ def read_rankings(path, columns=None):
     or those of PPE's best-of-K: prompt, response_1 to response_K, scores. columns: see read_pairs,
     with responses= and truth=. Raises UserError naming the file and line.
     """
-    columns, rankings = parse_columns(columns), []
-    for where, number, record in read_rows(path):
-        as_object(record, where)
-        layout = columns or {"query": "query", "responses": "responses", "truth": "truth"}
-        meta = {}
-        if columns is None and {"prompt", "response_1"} <= record.keys():  # PPE
-            n = next(k for k in range(1, len(record) + 2) if f"response_{k}" not in record)
-            responses = [record[f"response_{k}"] for k in range(1, n)]
-            meta = {k: record[k] for k in ("sampled_conflict_pairs",) if k in record}
-            record = {**record, "responses": responses}
-            layout = {"query": "prompt", "responses": "responses", "truth": "scores"}
-        if not {layout.get("query"), layout.get("responses")} <= record.keys():
-            raise UserError(
-                f"{where}: columns {', '.join(record)} are not known (known: query/responses/truth "
-                "or PPE's); try --columns query=...,responses=...,truth=..."
-            )
-        ranking = ranking_from(record, layout, where, str(number))
-        ranking.meta |= meta
-        rankings.append(ranking)
-    if not rankings:
-        raise UserError(f"{path}: no rankings in it")
-    return rankings
+    return read_all(path, "rankings", ranking_from, parse_columns(columns))
 
 
-def ranking_from(record, layout, where, number):
-    """One row -> Ranking, by a mapping {role: column}."""
+def ranking_from(record, where, number, columns):
+    """One row -> Ranking. Raises UserError that names what is wrong."""
+    layout, meta = columns or {"query": "query", "responses": "responses"}, {}
+    if not columns and {"prompt", "response_1"} <= record.keys():  # PPE
+        n = next(k for k in range(1, len(record) + 2) if f"response_{k}" not in record)
+        meta = {k: record[k] for k in ("sampled_conflict_pairs",) if k in record}
+        record = {**record, "responses": [record[f"response_{k}"] for k in range(1, n)]}
+        layout = {"query": "prompt", "responses": "responses", "truth": "scores"}
+    if not {layout.get("query"), layout.get("responses")} <= record.keys():
+        raise UserError(
+            f"{where}: columns {', '.join(record)} are not known (known: query/responses/truth "
+            "or PPE's); try --columns query=...,responses=...,truth=..."
+        )
     responses = record[layout["responses"]]
     if not isinstance(responses, list) or not responses:
         raise UserError(f"{where}: {layout['responses']} should be a list of texts")
@@ -112,16 +95,30 @@ def ranking_from(record, layout, where, number):
     if truth is not None:
         if not isinstance(truth, list) or len(truth) != len(texts):
             raise UserError(f"{where}: {name} should be a list of {len(texts)}, one per response")
-        if not all(isinstance(x, bool | int | float) and math.isfinite(x) for x in truth):
+        if not all(isinstance(x, bool | int | float) and abs(x) <= LARGEST for x in truth):
             raise UserError(f"{where}: {name} should hold numbers or true and false")
     query = as_query(record[layout["query"]], f"{where}: {layout['query']}")
-    return Ranking(query, texts, truth, **about(record, layout, number))
+    ranking = Ranking(query, texts, truth, **about(record, layout, number))
+    ranking.meta |= meta
+    return ranking
 
 
-def as_object(record, where):
-    """Raise UserError unless a parsed row is an object."""
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: should be an object, not {type(record).__name__}")
+def read_queries(path):
+    """Read a file (jsonl, json, parquet) with one query (text or messages, see QUERIES) a row.
+
+    Other columns, responses and labels too, are ignored. Raises UserError naming the file and row
+    at the first one that can't be used.
+    """
+    return read_all(path, "queries", query_from)
+
+
+def query_from(record, where, _):
+    """One row -> Query."""
+    column = next((name for name in QUERIES if name in record), None)
+    if column is None:
+        found = ", ".join(record) or "none"
+        raise UserError(f"{where}: columns {found}; one of {', '.join(QUERIES)} is wanted")
+    return Query(as_query(record[column], f"{where}: {column}"))
 
 
 def about(record, layout, number):
@@ -132,26 +129,3 @@ def about(record, layout, number):
         "source": str(source),
         "meta": record["meta"] if isinstance(record.get("meta"), dict) else {},
     }
-
-
-COLUMNS = ("query", "prompt", "question", "instruction", "messages")  # the first that is there
-
-
-def read_queries(path):
-    """Read a file (jsonl, json, parquet) with one query (text or messages, see COLUMNS) a row.
-
-    Other columns, responses and labels too, are ignored. Raises UserError naming the file and row
-    at the first one that can't be used.
-    """
-    queries = []
-    for where, _, record in read_rows(path):
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: should be an object, not {type(record).__name__}")
-        column = next((name for name in COLUMNS if name in record), None)
-        if column is None:
-            found = ", ".join(record) or "none"
-            raise UserError(f"{where}: columns {found}; one of {', '.join(COLUMNS)} is wanted")
-        queries.append(Query(as_query(record[column], f"{where}: {column}")))
-    if not queries:
-        raise UserError(f"{path}: no queries in it")
-    return queries

@@ -1,4 +1,4 @@
-"""What training takes pairs and queries from.
+"""What training takes pairs and queries from: the embedded world, files, mixtures of both.
 
 A source is asked for its items start to start + n; the answer depends on the seed and these two
 alone, so a resumed run goes on in the middle of an epoch from one saved integer.
@@ -8,8 +8,8 @@ import json
 import re
 import zlib
 from collections import Counter
+from itertools import islice
 from math import gcd
-from random import Random
 
 from nanorrm import ranks
 from nanorrm.config import UserError
@@ -18,6 +18,8 @@ from nanorrm.data.read import read_pairs, read_queries
 from nanorrm.engine.sampling import SamplingParams
 from nanorrm.records import Pair, Query, Ranking, shuffled
 
+# -- the embedded world
+
 
 def toy_pair(rng, terms, held=False):
     """A Pair of the embedded world; terms is its difficulty."""
@@ -25,29 +27,10 @@ def toy_pair(rng, terms, held=False):
     return Pair(chain.query, a, b, label, id=chain.query, source="toy", meta={"terms": terms})
 
 
-class ToySource:
-    """Pairs drawn from the embedded world, without end."""
-
-    def __init__(self, seed):
-        self.seed = seed
-
-    def take(self, start, n):
-        """The training pairs start to start + n of an endless row."""
-        pairs = []
-        for index in range(start, start + n):
-            rng = toy.stream_rng("train", self.seed, index)
-            pairs.append(toy_pair(rng, rng.choice(toy.TERMS)))
-        return pairs
-
-    def held_out(self, n, terms=toy.TERMS):
-        """n pairs with queries no training sees, the same for every seed; n / len(terms) each."""
-        rng = toy.stream_rng("held-out")
-        return [toy_pair(rng, terms[i % len(terms)], held=True) for i in range(n)]
-
-    def rankings(self, n, size, terms=toy.TERMS):
-        """n rankings of `size` responses each, one of them right; n / len(terms) each."""
-        rng = toy.stream_rng("rankings")
-        return [toy_ranking(rng, terms[i % len(terms)], size) for i in range(n)]
+def toy_query(rng, terms, held=False):
+    """A Query of the embedded world; terms is its difficulty."""
+    chain = toy.draw_chain(rng, terms, held)
+    return Query(chain.query, str(chain.value), {"terms": terms})
 
 
 def toy_ranking(rng, terms, n):
@@ -60,56 +43,116 @@ def toy_ranking(rng, terms, n):
     return Ranking(chain.query, responses, truth, chain.query, "toy", {"terms": terms})
 
 
-class FileSource:
-    """Labelled pairs of a file: shuffled anew each epoch, a share of them held out."""
+class ToySource:
+    """Pairs drawn from the embedded world, without end."""
+
+    draw = staticmethod(toy_pair)
+    streams = "train", "held-out"  # of random numbers
+
+    def __init__(self, seed):
+        self.seed = seed
+
+    def take(self, start, n):
+        """The training items start to start + n of an endless row."""
+        rngs = (toy.stream_rng(self.streams[0], self.seed, i) for i in range(start, start + n))
+        return [self.draw(rng, rng.choice(toy.TERMS)) for rng in rngs]
+
+    def held_out(self, n, terms=toy.TERMS):
+        """n items with queries no training sees, the same for every seed; n / len(terms) each."""
+        rng = toy.stream_rng(self.streams[1])
+        return [self.draw(rng, terms[i % len(terms)], held=True) for i in range(n)]
+
+    def rankings(self, n, size, terms=toy.TERMS):
+        """n rankings of `size` responses each, one of them right; n / len(terms) each."""
+        rng = toy.stream_rng("rankings")
+        return [toy_ranking(rng, terms[i % len(terms)], size) for i in range(n)]
+
+
+class ToyQueries(ToySource):
+    """Queries drawn from the embedded world, without end."""
+
+    draw = staticmethod(toy_query)
+    streams = "policy", "held-out queries"
+
+
+# -- files
+
+
+class Reshuffled:
+    """Items in an endless row, shuffled anew for each epoch; what is held out is not among them."""
+
+    def __init__(self, items, seed, held=()):
+        self.items, self.seed, self.held = items, seed, held
+        self.order = (None, [])  # the epoch it is for, the permutation
+
+    def item(self, index):
+        """The index-th item, counted over all epochs."""
+        epoch, place = divmod(index, len(self.items))
+        if self.order[0] != epoch:
+            order = list(range(len(self.items)))
+            toy.stream_rng("epoch", self.seed, epoch).shuffle(order)
+            self.order = epoch, order
+        return self.items[self.order[1][place]]
+
+    def take(self, start, n):
+        """The items start to start + n, counted over all epochs."""
+        return [self.item(start + i) for i in range(n)]
+
+    def held_out(self, n):
+        """At most n of the items kept out of training."""
+        return self.held[:n]
+
+
+class FileSource(Reshuffled):
+    """Labelled pairs of a file, their responses in random order; a share of them is held out."""
 
     def __init__(self, pairs, seed, held_share, held=frozenset(), name="the file"):
-        """held: queries to hold out whatever the share (another file's; see `query_key`).
+        """held: queries to hold out whatever the share (another file's; see `held_queries`).
 
         Raises UserError if too few labelled pairs are left to train on.
         """
-        labelled = sorted((pair for pair in pairs if pair.label), key=query_hash)
+        labelled = [pair for pair in pairs if pair.label]
+        labelled.sort(key=lambda pair: query_hash(pair.query))
         held = held_queries(labelled, held_share) | held
-        self._held = [shuffled(pair, "held") for pair in labelled if query_key(pair) in held]
-        self.pairs = [pair for pair in labelled if query_key(pair) not in held]
-        self.seed = seed
-        self._order = (None, [])  # the epoch it is for, the permutation
-        if not self.pairs:
+        super().__init__(
+            [pair for pair in labelled if str(pair.query) not in held],
+            seed,
+            [shuffled(pair, "held") for pair in labelled if str(pair.query) in held],
+        )
+        if not self.items:
             raise UserError(f"no labelled pairs to train on in {name}")
 
-    def pair(self, index):
-        """The index-th pair of training, counted over all epochs, its responses in random order."""
-        epoch, place = divmod(index, len(self.pairs))
-        if self._order[0] != epoch:
-            order = list(range(len(self.pairs)))
-            toy.stream_rng("epoch", self.seed, epoch).shuffle(order)
-            self._order = epoch, order
-        return shuffled(self.pairs[self._order[1][place]], self.seed, epoch)
-
-    def take(self, start, n):
-        """The training pairs start to start + n, counted over all epochs."""
-        return [self.pair(start + i) for i in range(n)]
-
-    def held_out(self, n):
-        """At most n of the pairs kept out of training."""
-        return self._held[:n]
+    def item(self, index):
+        """The index-th pair of training, counted over all epochs."""
+        return shuffled(super().item(index), self.seed, index // len(self.items))
 
 
-def query_key(pair):
-    """What two pairs of the same query share."""
-    return str(pair.query)
+class FileQueries(Reshuffled):
+    """Queries of a file: equal ones count once, and a share of them is held out."""
+
+    def __init__(self, queries, seed, held_share):
+        """Raises UserError if none are left to train on."""
+        distinct = {json.dumps(query.text): query for query in queries}
+        items = sorted(distinct.values(), key=lambda query: query_hash(query.text))
+        cut = round(len(items) * held_share)
+        super().__init__(items[cut:], seed, items[:cut])
+        if not self.items:
+            raise UserError("no queries to train on")
 
 
-def query_hash(pair):
-    """Where in the order of holding out a pair stands: by its query, whatever the seed."""
-    return zlib.crc32(f"split {pair.query}".encode())
+def query_hash(text):
+    """Where in the order of holding out a query (as text) stands, whatever the seed."""
+    return zlib.crc32(f"split {text}".encode())
 
 
 def held_queries(pairs, share):
-    """The queries of a share of the labelled pairs; none if those are the queries of all."""
-    order = sorted((pair for pair in pairs if pair.label), key=query_hash)
-    held = frozenset(query_key(pair) for pair in order[: round(len(order) * share)])
-    return held if any(query_key(pair) not in held for pair in order) else frozenset()
+    """The queries (as text) of a share of the labelled pairs; none if those are all there are."""
+    queries = sorted((str(pair.query) for pair in pairs if pair.label), key=query_hash)
+    held = frozenset(queries[: round(len(queries) * share)])
+    return held if set(queries) - held else frozenset()
+
+
+# -- mixtures
 
 
 class Mixture:
@@ -125,27 +168,22 @@ class Mixture:
         self.sources, self.ratios = sources, [ratio // shared for ratio in ratios]
         self.pattern = interleave(self.ratios)  # [(source, its how-manieth of the cycle), ...]
 
+    def place(self, index):
+        """(source, which of its items) of the index-th pair."""
+        cycle, slot = divmod(index, len(self.pattern))
+        source, nth = self.pattern[slot]
+        return source, cycle * self.ratios[source] + nth
+
     def take(self, start, n):
         """The training pairs start to start + n."""
-        pairs = []
-        for index in range(start, start + n):
-            cycle, slot = divmod(index, len(self.pattern))
-            source, nth = self.pattern[slot]
-            pairs += self.sources[source].take(cycle * self.ratios[source] + nth, 1)
-        return pairs
+        places = map(self.place, range(start, start + n))
+        return [pair for source, i in places for pair in self.sources[source].take(i, 1)]
 
     def held_out(self, n):
         """At most n pairs kept out of training, by the ratios as long as every source has some."""
-        held = [iter(source.held_out(n)) for source in self.sources]
-        pairs, dry = [], set()
-        while len(pairs) < n and len(dry) < len(held):
-            for source, _ in self.pattern:
-                pair = next(held[source], None)
-                if pair is None:
-                    dry.add(source)
-                elif len(pairs) < n:
-                    pairs.append(pair)
-        return pairs
+        held = [source.held_out(n) for source in self.sources]
+        places = map(self.place, range(n * len(self.pattern)))
+        return list(islice((held[k][i] for k, i in places if i < len(held[k])), n))
 
 
 def interleave(ratios):
@@ -193,62 +231,33 @@ def mix(parts, seed, held_share):
     return Mixture(sources, [ratio for *_, ratio in parts])
 
 
-class ToyQueries:
-    """Chains of the embedded world, without end."""
-
-    def __init__(self, seed):
-        self.seed = seed
-
-    def take(self, start, n):
-        """The training queries start to start + n of an endless row."""
-        rngs = [toy.stream_rng("policy", self.seed, i) for i in range(start, start + n)]
-        return [chain_query(rng, rng.choice(toy.TERMS)) for rng in rngs]
-
-    def held_out(self, n):
-        """n queries that no training sees, the same for every seed, of all lengths alike."""
-        rng = toy.stream_rng("held-out queries")
-        return [chain_query(rng, toy.TERMS[i % len(toy.TERMS)], held=True) for i in range(n)]
+# -- the sources of a run
 
 
-def chain_query(rng, terms, held=False):
-    """A Query of the embedded world; terms is its difficulty."""
-    chain = toy.draw_chain(rng, terms, held)
-    return Query(chain.query, str(chain.value), {"terms": terms})
+def open_source(cfg, judge):
+    """Where pairs come from: the files (or the toy world) of cfg.data, mixed by their ratios.
 
+    Pairs that have no label or don't fit the judge are dropped and counted.
+    """
+    params = SamplingParams(max_tokens=cfg.max_tokens)
 
-class Reshuffled:
-    """Items in an endless row, shuffled anew for each pass over them."""
+    def refusal(pair):
+        if pair.label is None:
+            return "no label"
+        try:
+            prompt = judge.prompt(pair)
+        except UserError as error:
+            return str(error)
+        long = 0 < cfg.max_prompt_tokens < len(prompt)
+        return (long or judge.backend.refusal(prompt, params)) and "too long"
 
-    def __init__(self, items, seed):
-        self.items, self.seed = items, seed
-
-    def take(self, start, n):
-        """The items start to start + n, counted over all passes."""
-        taken = []
-        while len(taken) < n:
-            epoch, place = divmod(start + len(taken), len(self.items))
-            order = list(self.items)
-            Random(f"epoch:{self.seed}:{epoch}").shuffle(order)
-            taken += order[place : place + n - len(taken)]
-        return taken
-
-
-class FileQueries(Reshuffled):
-    """Queries of a file: equal ones count once, and a share of them is held out by a hash."""
-
-    def __init__(self, queries, seed, held_share):
-        """Raises UserError if none are left to train on."""
-        distinct = list({json.dumps(query.text): query for query in queries}.values())
-        distinct.sort(key=lambda q: zlib.crc32(f"split {q.text}".encode()))  # as data.query_hash
-        cut = round(len(distinct) * held_share)
-        self._held = distinct[:cut]
-        super().__init__(distinct[cut:], seed)
-        if not self.items:
-            raise UserError("no queries to train on")
-
-    def held_out(self, n):
-        """At most n of the queries kept out of training."""
-        return self._held[:n]
+    parts = []
+    for name, ratio in map(parse_source, cfg.data):
+        pairs = None
+        if name != "toy":
+            pairs = fitting(name, "pairs", read_pairs(name, cfg.columns), refusal)
+        parts.append((name, pairs, ratio))
+    return mix(parts, cfg.seed, cfg.eval_share)
 
 
 def open_queries(cfg, policy):
@@ -259,48 +268,18 @@ def open_queries(cfg, policy):
         queries = [Query(pair.query) for pair in read_pairs(cfg.data)]
     else:
         queries = read_queries(cfg.data)
-    fitting, why = [], Counter()
-    for query in queries:
-        if refusal := policy.refusal(query.text):
-            why[refusal] += 1
-        else:
-            fitting.append(query)
+    queries = fitting(cfg.data, "queries", queries, lambda query: policy.refusal(query.text))
+    return FileQueries(queries, cfg.seed, cfg.eval_share)
+
+
+def fitting(name, what, items, refusal):
+    """The items of a file that refusal(item) says nothing against, after a line that counts all."""
+    reasons = [refusal(item) for item in items]
     if ranks.rank() == 0:
-        print(f"{cfg.data}: {len(queries)} queries, {dropped(why)}")
-    return FileQueries(fitting, cfg.seed, cfg.eval_share)
+        print(f"{name}: {len(items)} {what}, {dropped(Counter(filter(None, reasons)))}")
+    return [item for item, reason in zip(items, reasons) if not reason]
 
 
 def dropped(why):
     """What fell out, in words: {reason: how many} -> "2 dropped: too long"."""
     return "; ".join(f"{n} dropped: {reason}" for reason, n in why.items()) or "none dropped"
-
-
-def open_source(cfg, judge):
-    """Where pairs come from: the files (or the toy world) of cfg.data, mixed by their ratios."""
-    parts = []
-    for name, ratio in map(parse_source, cfg.data):
-        parts.append((name, None if name == "toy" else fitting_pairs(name, cfg, judge), ratio))
-    return mix(parts, cfg.seed, cfg.eval_share)
-
-
-def fitting_pairs(name, cfg, judge):
-    """The labelled pairs of a file that fit the model; the others are dropped and counted."""
-    pairs, params = read_pairs(name, cfg.columns), SamplingParams(max_tokens=cfg.max_tokens)
-    fitting, why = [], Counter()
-    for pair in pairs:
-        try:
-            prompt = judge.prompt(pair)
-            long = 0 < cfg.max_prompt_tokens < len(prompt)
-            refusal = (long or judge.backend.refusal(prompt, params)) and "too long"
-        except UserError as error:
-            refusal = str(error)
-        if pair.label is None:
-            refusal = "no label"
-        if refusal:
-            why[refusal] += 1
-        else:
-            fitting.append(pair)
-    dropped = "; ".join(f"{n} dropped: {reason}" for reason, n in why.items()) or "none dropped"
-    if ranks.rank() == 0:
-        print(f"{name}: {len(pairs)} pairs, {dropped}")
-    return fitting

@@ -12,6 +12,7 @@ import random
 import re
 import zlib
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
@@ -64,39 +65,47 @@ def model_config():
     )
 
 
+def stream_rng(*key):
+    """A random.Random that depends on the key alone, the same in every process."""
+    return random.Random(":".join(map(str, key)))
+
+
+# -- chains and pairs
+
+
 def held_out(query):
     """Whether a query belongs to the eighth that no training ever sees: a hash decides."""
     return zlib.crc32(query.encode()) % 8 == 0
 
 
-def draw_chain(rng, terms, held=False):
-    """A random chain of `terms` one-digit terms, no running total negative.
+def work_out(terms, slips=()):
+    """Work a chain's terms step by step -> (work, value); slips: how far off each step comes out.
+
+    >>> work_out(["7", "+8", "-5"])
+    ('7+8=15,15-5=10', 10)
+    """
+    total, work = int(terms[0]), []
+    for term, slip in zip_longest(terms[1:], slips, fillvalue=0):
+        after = max(0, total + int(term) + slip)
+        work.append(f"{total}{term}={after}")
+        total = after
+    return ",".join(work), total
+
+
+def draw_chain(rng, length, held=False):
+    """A random Chain of `length` one-digit terms, no running total negative.
 
     held: from the held-out eighth (True) or the rest (False). rng: random.Random.
     """
     while True:
         total = rng.randint(1, 9)
-        query, work = str(total), []
-        for _ in range(terms - 1):
-            sign, digit = rng.choice("+-"), rng.randint(1, 9)
-            after = total + digit if sign == "+" else total - digit
-            query += f"{sign}{digit}"
-            work.append(f"{total}{sign}{digit}={after}")
-            if after < 0:
-                break
-            total = after
-        else:
-            if held_out(query) == held:
-                return Chain(query, ",".join(work), total)
-
-
-def chain_with_value(rng, value):
-    """A random training chain whose value is given, or None if chance finds none soon."""
-    for _ in range(400):
-        chain = draw_chain(rng, rng.choice(TERMS))
-        if chain.value == value:
-            return chain
-    return None
+        terms = [str(total)]
+        while total >= 0 and len(terms) < length:
+            terms.append(f"{rng.choice('+-')}{rng.randint(1, 9)}")
+            total += int(terms[-1])
+        query = "".join(terms)
+        if total >= 0 and held_out(query) == held:
+            return Chain(query, *work_out(terms))
 
 
 def wrong_answer(rng, value):
@@ -107,69 +116,74 @@ def wrong_answer(rng, value):
             return wrong
 
 
-def draw_pair(rng, terms, held=False):
-    """(chain, first response, second response, label 1 | 2), the right response at a coin toss."""
-    chain = draw_chain(rng, terms, held)
+def draw_pair(rng, length, held=False):
+    """(Chain, first response, second response, label 1 | 2), the right one at a coin toss."""
+    chain = draw_chain(rng, length, held)
     wrong = wrong_answer(rng, chain.value)
     label = rng.choice((1, 2))
     a, b = (chain.value, wrong) if label == 1 else (wrong, chain.value)
     return chain, str(a), str(b), label
 
 
-def comparison(response, value):
-    """One response beside the chain's result: `|18:18y`."""
-    return f"|{response}:{value}{'y' if response == str(value) else 'n'}"
+# -- what the base model reads: documents (text without loss, text with loss)
 
 
-def solve_document(rng):
-    """Asked to solve: the chain step by step, then the answer."""
+def draw_document(rng, solve=0.35, check=0.35, careless=0.0):
+    """One document; shares of *solve* and *check* and of a careless solver's documents, the rest
+    is *format*."""
+    u = rng.random()
+    if u >= 1 - careless:
+        return solve_document(rng, slips=True)
+    make = solve_document if u < solve else check_document if u < solve + check else format_document
+    return make(rng)
+
+
+def solve_document(rng, slips=False):
+    """Asked to solve: the chain step by step, then the answer; or as a careless solver does it."""
     chain = draw_chain(rng, rng.choice(TERMS))
-    return prompts.toy_solve(chain.query), f"{chain.work}{END_THINK}{chain.value}{END}"
+    work, value = careless(rng, chain) if slips else (chain.work, chain.value)
+    return prompts.toy_solve(chain.query), f"{work}{END_THINK}{value}{END}"
 
 
 def careless(rng, chain):
     """(work, value) of a chain as a careless solver leaves it, right about half of the time.
 
     A step comes out one off now and then (SLIP), and the longer the chain, the likelier its last
-    term is left out (HASTE, per term before it): many ways to slip, one way to be hasty.
+    term is left out (HASTE, per step): many ways to slip, one way to be hasty.
     """
-    terms = re.findall("[+-][0-9]", chain.query)
-    if rng.random() < HASTE * len(terms):
+    terms = re.findall("[+-]?[0-9]", chain.query)
+    if rng.random() < HASTE * (len(terms) - 1):
         terms.pop()
-    total, work = int(chain.query[0]), []
-    for term in terms:
-        slip = rng.choice((-1, 1)) if rng.random() < SLIP else 0
-        after = max(0, total + int(term) + slip)
-        work.append(f"{total}{term}={after}")
-        total = after
-    return ",".join(work), total
-
-
-def careless_document(rng):
-    """Asked to solve: as a careless solver does it."""
-    chain = draw_chain(rng, rng.choice(TERMS))
-    work, value = careless(rng, chain)
-    return prompts.toy_solve(chain.query), f"{work}{END_THINK}{value}{END}"
+    slips = [rng.choice((-1, 1)) if rng.random() < SLIP else 0 for _ in terms[1:]]
+    return work_out(terms, slips)
 
 
 def check_document(rng):
     """A judge prompt whose thinking holds the chain of ANOTHER query, and what follows from that.
 
-    The other chain's value is the right response or the wrong one at a coin toss, so the verdict,
-    which follows the other chain, is right about its own query half the time. A chain is found for
-    both responses before the coin falls: rare values, which are mostly wrong responses, must not
-    be rarer under the verdict than they are in the prompt.
+    What follows: `|18:18y|20:18n`, each response beside the other chain's value, and the verdict.
+    That value is the right response or the wrong one at a coin toss, so the verdict is right about
+    its own query half the time. A chain is found for both responses before the coin falls: rare
+    values, which are mostly wrong responses, must not be rarer under the verdict than they are in
+    the prompt.
     """
     while True:
-        chain, a, b, _ = draw_pair(rng, rng.choice(TERMS))
-        others = [chain_with_value(rng, int(response)) for response in (a, b)]
+        chain, *responses, _ = draw_pair(rng, rng.choice(TERMS))
+        others = [chain_with_value(rng, int(response)) for response in responses]
         if all(other is not None and other.query != chain.query for other in others):
             break
     verdict = rng.choice((1, 2))
     other = others[verdict - 1]
-    given = prompts.toy_judge(chain.query, a, b) + other.work
-    checked = comparison(a, other.value) + comparison(b, other.value)
+    given = prompts.toy_judge(chain.query, *responses) + other.work
+    marks = [(r, "y" if r == str(other.value) else "n") for r in responses]
+    checked = "".join(f"|{response}:{other.value}{mark}" for response, mark in marks)
     return given, f"{checked}{END_THINK}{verdict_text(verdict)}{END}"
+
+
+def chain_with_value(rng, value):
+    """A random training chain whose value is given, or None if chance finds none soon."""
+    drawn = (draw_chain(rng, rng.choice(TERMS)) for _ in range(400))
+    return next((chain for chain in drawn if chain.value == value), None)
 
 
 def format_document(rng):
@@ -178,18 +192,3 @@ def format_document(rng):
     thought = "" if rng.random() < 0.6 else chain.work
     verdict = verdict_text(rng.choice((1, 2)))
     return prompts.toy_judge(chain.query, a, b), f"{thought}{END_THINK}{verdict}{END}"
-
-
-def draw_document(rng, solve=0.35, check=0.35, careless=0.0):
-    """(text without loss, text with loss); shares of *solve* and *check* and of a careless
-    solver's documents, the rest is *format*."""
-    u = rng.random()
-    if u >= 1 - careless:
-        return careless_document(rng)
-    make = solve_document if u < solve else check_document if u < solve + check else format_document
-    return make(rng)
-
-
-def stream_rng(*key):
-    """A random.Random that depends on the key alone, the same in every process."""
-    return random.Random(":".join(map(str, key)))

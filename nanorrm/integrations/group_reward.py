@@ -10,10 +10,10 @@ import warnings
 from nanorrm import ranks
 from nanorrm.config import UserError, one_of
 from nanorrm.judge.verdict import NO_ANSWER
-from nanorrm.model.tokenizer import END_THINK, THINK
+from nanorrm.model.tokenizer import after_thinking
 from nanorrm.rank.referee import Referee
 from nanorrm.records import Query
-from nanorrm.train.rewards import judged_rewards
+from nanorrm.train.rewards import RATERS, judged_rewards
 
 
 class GroupReward:
@@ -28,16 +28,10 @@ class GroupReward:
     """
 
     def __init__(
-        self,
-        judge,
-        rating="elo",
-        opponents=4,
-        votes=1,
-        both_orders=False,
-        on_failure="raise",
+        self, judge, rating="elo", opponents=4, votes=1, both_orders=False, on_failure="raise",
         seed=0,
-    ):
-        one_of("rating", rating, ("elo", "bradley_terry", "win_rate", "knockout"))
+    ):  # fmt: skip
+        one_of("rating", rating, RATERS)
         one_of("on_failure", on_failure, ("raise", "neutral"))
         self.referee = Referee(judge, votes, both_orders)
         self.rating, self.opponents, self.on_failure = rating, opponents, on_failure
@@ -52,11 +46,9 @@ class GroupReward:
         """
         self.calls += 1
         began = time.perf_counter()
-        mine = list(zip(queries, answers))
-        share = ranks.gathered(mine)
-        start = sum(map(len, share[: ranks.rank()]))
+        parts = ranks.gathered(list(zip(queries, answers)))
+        everything = [item for part in parts for item in part]
         groups = {}  # a query as text -> (the query, the places of its responses)
-        everything = [item for part in share for item in part]
         for place, (query, _) in enumerate(everything):
             groups.setdefault(str(query), (query, []))[1].append(place)
         for query, places in groups.values():
@@ -66,11 +58,12 @@ class GroupReward:
                     "least 2 in every batch (num_generations in TRL, rollout.n in verl)"
                 )
         turn = list(groups.values())[ranks.rank() :: ranks.world_size()]
-        earned_here, failures = self.judged(turn, everything)
-        found = ranks.merged(earned_here)
+        found, failures = self.judged(turn, everything)
+        found = ranks.merged(found)
         costs = self.referee.report() | {"judge/failures": failures}
         costs["judge/seconds"] = time.perf_counter() - began
-        return [found[start + i] for i in range(len(mine))], costs
+        start = sum(map(len, parts[: ranks.rank()]))
+        return [found[start + i] for i in range(len(queries))], costs
 
     def judged(self, groups, everything):
         """{place: reward} of some groups, and how many of them the judge failed on.
@@ -106,7 +99,5 @@ def answer_of(text, thinks=False):
     >>> answer_of("7+8", thinks=True)
     '[NO ANSWER]'
     """
-    _, closed, after = text.rpartition(END_THINK)
-    if (thinks or THINK in text) and not closed:
-        return NO_ANSWER
-    return after.strip()
+    after = after_thinking(text, opened=thinks)
+    return NO_ANSWER if after is None else after.strip()

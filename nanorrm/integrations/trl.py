@@ -30,7 +30,6 @@ def group_reward(
     processes too is fine: groups are gathered.
     """
     reward = GroupReward(judge, **how)
-
     if background and ranks.world_size() > 1:
         raise UserError("background: groups are gathered from several processes, not in a thread")
 

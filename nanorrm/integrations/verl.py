@@ -10,16 +10,15 @@ solution_strs, ground_truths and extra_infos, and one score (or a dict with "sco
 naive manager hands over one response at a time, which no judge of pairs can do anything with.
 """
 
-from dataclasses import fields
-from difflib import get_close_matches
+from dataclasses import dataclass
 from functools import cache
 
+from nanorrm.cli import override
 from nanorrm.config import JudgeSettings, UserError
 from nanorrm.integrations.group_reward import GroupReward, answer_of
 from nanorrm.judge.open import open_judge
 
 QUERY_KEYS = ("question", "query", "prompt", "problem")  # of extra_info, the first that is there
-RATING_KEYS = ("rating", "opponents", "on_failure")
 
 
 def compute_score(
@@ -55,16 +54,20 @@ def query_of(info, place):
     )
 
 
+@dataclass
+class RewardSettings(JudgeSettings):
+    """A judge, and what GroupReward makes of its verdicts."""
+
+    both_orders: bool = False
+    rating: str = "elo"
+    opponents: int = 4
+    on_failure: str = "raise"
+
+
 @cache
 def reward_of(settings):
     """The GroupReward of some settings; opened at the first step, then kept."""
-    settings = dict(settings)
-    rated = {key: settings.pop(key) for key in RATING_KEYS if key in settings}
-    known = {field.name for field in fields(JudgeSettings)} | set(RATING_KEYS)
-    for key in settings:
-        if key not in known:
-            near = get_close_matches(key, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"reward_kwargs: unknown setting {key!r}{hint}")
-    cfg = JudgeSettings(**{"both_orders": False, **settings})
-    return GroupReward(open_judge(cfg), votes=cfg.votes, both_orders=cfg.both_orders, **rated)
+    cfg = override(RewardSettings(), dict(settings), "reward_kwargs")
+    judge = open_judge(cfg)
+    how = {"votes": cfg.votes, "both_orders": cfg.both_orders, "on_failure": cfg.on_failure}
+    return GroupReward(judge, cfg.rating, cfg.opponents, **how)

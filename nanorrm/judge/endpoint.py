@@ -14,8 +14,7 @@ import re
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from itertools import count
 from urllib.parse import urlsplit
@@ -24,24 +23,24 @@ from zlib import crc32
 from tqdm import tqdm
 
 from nanorrm.config import UserError
-from nanorrm.judge.backends import Answer, Refusal
+from nanorrm.judge.backends import Backend
 from nanorrm.judge.prompts import rrm_messages
+from nanorrm.judge.verdict import Answer, Refusal
 from nanorrm.model.tokenizer import END_THINK
 
 TRIES = 5  # failures that may be the request's own fault, until it is given up
 BACKOFF, LONGEST = 0.5, 20.0  # seconds between the first two tries, and the longest
 TELL_AFTER = 3.0  # seconds of nothing but failures
-BUSY = {408, 425, 429, 502, 503, 504}  # and 5xx: the status passes
+BUSY = {"no connection", *(f"http {status}" for status in (408, 425, 429, 502, 503, 504))}
 TOO_LONG = re.compile(r"context.?(length|size|window)|maximum.{0,20}length", re.IGNORECASE)
 
 
+@dataclass(eq=False)
 class Failure(Exception):
     """A try that failed and may succeed later."""
 
-    def __init__(self, kind, own=False, wait=0.0):
-        """kind: a word for counting; own: the request may be to blame; wait: seconds asked for."""
-        super().__init__(kind)
-        self.kind, self.own, self.wait = kind, own, wait
+    kind: str  # for counting
+    wait: float = 0.0  # seconds that the server asked for
 
 
 class TooLong(Exception):
@@ -52,7 +51,7 @@ class Rejected(UserError):
     """The server does not take the request: its settings, or this one prompt."""
 
 
-class EndpointBackend:
+class EndpointBackend(Backend):
     """Judge by the model of a server. `errors` counts failed tries by kind."""
 
     def __init__(self, url, model=None, concurrency=32, timeout=600.0, patience=600.0):
@@ -75,11 +74,9 @@ class EndpointBackend:
             raise UserError("endpoint: the address should look like http://host:8000/v1")
         self.concurrency, self.timeout, self.patience = concurrency, timeout, patience
         self.errors = Counter()
-        self.failing_since = self.resume_at = None  # on the monotonic clock
+        self.failing_since, self.resume_at = None, 0.0  # on the monotonic clock
         self.told = False  # of the present series of failures
-        self.name = model or run(self._only_model())
-
-    # -- the backend
+        self.name = model or run(self._only_model)
 
     def prompt(self, query, a, b, template, think):
         """Chat messages."""
@@ -87,35 +84,28 @@ class EndpointBackend:
             raise UserError(f"template {template!r}: an endpoint is asked by the rrm prompt")
         return rrm_messages(query, a, b)
 
-    def refusal(self, prompt, params):
-        """Only the server knows what is too long, and says so when asked."""
-
-    def sleep(self):
-        """There is no memory here to give back."""
-
     def ask(self, requests, params, heard, progress=None):
         """Send all, hear them as they come; works within a running event loop too."""
         if params.max_think_tokens is not None:
             raise UserError("max_think_tokens: an endpoint can't close the thinking; leave it out")
-        self.failing_since = self.resume_at = None
-        run(self._ask(requests, params, heard, progress))
+        self.failing_since, self.resume_at = None, 0.0
+        run(self._ask, requests, params, heard, progress)
 
     # -- sending
 
     def _client(self):
         key, n = api_key(), self.concurrency
-        limits = self.httpx.Limits(max_connections=n, max_keepalive_connections=n)
         return self.httpx.AsyncClient(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=self.timeout,
-            limits=limits,
+            limits=self.httpx.Limits(max_connections=n, max_keepalive_connections=n),
             verify=self.url.startswith("https"),  # else the certificates are not even read
         )
 
     async def _only_model(self):
         """The model the server serves, where there is one."""
         async with self._client() as client:
-            reply, _ = await self._persist(lambda: self._send(client, "GET", "/models"))
+            reply = await self._persist(client)
         try:
             names = [model["id"] for model in reply["data"]]
         except (KeyError, TypeError):
@@ -126,149 +116,128 @@ class EndpointBackend:
         return names[0]
 
     async def _ask(self, requests, params, heard, progress):
-        queue = iter(requests)
+        queue, n = iter(requests), len(requests)
         quiet = True if progress is None else None  # None: quiet unless stderr is a terminal
-        bar = tqdm(total=len(requests), desc=progress, leave=False, disable=quiet)
 
         async def work():
             for request in queue:
-                heard(request, await self._vote(client, request, params))
+                heard(request, await self._persist(client, self._body(request, params)))
                 bar.update(1)
                 if self.errors:
                     bar.set_postfix(self.errors, refresh=False)
 
         try:
-            async with self._client() as client, asyncio.TaskGroup() as workers:
-                for _ in range(min(self.concurrency, len(requests))):
-                    workers.create_task(work())
+            with tqdm(total=n, desc=progress, leave=False, disable=quiet) as bar:
+                async with self._client() as client, asyncio.TaskGroup() as workers:
+                    for _ in range(min(self.concurrency, n)):
+                        workers.create_task(work())
         except ExceptionGroup as group:  # the first error stops all
             raise group.exceptions[0] from None
-        finally:
-            bar.close()
 
-    async def _vote(self, client, request, params):
-        """One request -> Answer or Refusal."""
-        body = {
+    def _body(self, request, params):
+        """What is sent for one vote; the seed differs by vote, in 31 bits."""
+        names = ("max_tokens", "temperature", "top_p")
+        return {
             "model": self.name,
             "messages": request.prompt,
-            "max_tokens": params.max_tokens,
-            "temperature": params.temperature,
-            "top_p": params.top_p,
+            **{name: getattr(params, name) for name in names},
             "seed": crc32(f"{params.seed}/{request.sample}".encode()) >> 1,
         }
 
-        async def attempt():
-            began = time.monotonic()
-            answer = read_answer(await self._send(client, "POST", "/chat/completions", body))
-            answer.seconds = time.monotonic() - began
-            return answer
+    async def _persist(self, client, body=None):
+        """`_send` until something comes.
 
-        async def fine():
-            """Whether the server answers a trivial request under the same settings."""
-            other = {**body, "messages": [{"role": "user", "content": "Hi"}]}
-            try:
-                read_answer(await self._send(client, "POST", "/chat/completions", other))
-            except (Failure, TooLong):
-                return False
-            return True
-
-        answer, errors = await self._persist(attempt, fine)
-        if isinstance(answer, TooLong):
-            answer = Refusal(f"too long for the server's model: {answer}", too_long=True)
-        elif isinstance(answer, Rejected):
-            answer = Refusal(f"the server refused this one: {answer}")
-        elif isinstance(answer, Failure):
-            last = f"{TRIES} times (last: {answer.kind}) while it answered others"
-            answer = Refusal(f"the server failed {last}")
-        answer.errors = dict(errors)
-        return answer
-
-    async def _persist(self, attempt, fine=None):
-        """Try until it succeeds -> (result, Counter of failures by kind).
-
-        The result is a TooLong if the server says so, and what is wrong with the request where
-        `fine()` says that the server is all right: Rejected, or a Failure, the last of TRIES.
+        That is a Refusal where the server says that the prompt is too long, or where it rejects
+        this one, or fails on it TRIES times, but takes another under the same settings.
         """
         errors, own = Counter(), 0
         for tried in count():
-            if self.resume_at is not None:  # the server asked for a pause: all keep it
-                pause = self.resume_at - time.monotonic()
-                await asyncio.sleep(max(0.0, pause) + random.random() * min(1.0, max(0.0, pause)))
+            await self._keep_pause()
             try:
-                result = await attempt()
+                came = await self._send(client, body)
+            except TooLong as error:
+                came = Refusal(f"too long for the server's model: {error}", too_long=True)
+            except Rejected as error:
+                if not await self._takes_another(client, body):
+                    raise
+                came = Refusal(f"the server refused this one: {error}")
             except Failure as failure:
                 errors[failure.kind] += 1
-                self.errors[failure.kind] += 1
                 self._be_patient(failure)
-                own += failure.own
-                if own >= TRIES and fine:
-                    if await fine():
-                        return failure, errors
-                    own = 0
-                wait = min(LONGEST, BACKOFF * 2 ** min(tried, 10)) * random.uniform(0.5, 1)
-                await asyncio.sleep(max(wait, failure.wait))
-                continue
-            except TooLong as error:  # an answer, too
-                result = error
-            except Rejected as error:
-                if not (fine and await fine()):
-                    raise
-                result = error
+                own += failure.kind not in BUSY
+                if own < TRIES or not await self._takes_another(client, body):
+                    own %= TRIES
+                    wait = min(LONGEST, BACKOFF * 2 ** min(tried, 10)) * random.uniform(0.5, 1)
+                    await asyncio.sleep(max(wait, failure.wait))
+                    continue
+                last = f"{TRIES} times (last: {failure.kind}) while it answered others"
+                came = Refusal(f"the server failed {last}")
             self.failing_since, self.told = None, False
-            return result, errors
+            if body:
+                came.errors = dict(errors)
+            return came
+
+    async def _keep_pause(self):
+        """Wait while the server has asked for a pause: all keep it, and come back one by one."""
+        if (pause := self.resume_at - time.monotonic()) > 0:
+            await asyncio.sleep(pause + random.random() * min(1.0, pause))
+
+    async def _takes_another(self, client, body):
+        """Whether the server answers a trivial request under the same settings."""
+        try:
+            other = {**body, "messages": [{"role": "user", "content": "Hi"}]} if body else None
+            return bool(other and await self._send(client, other))
+        except (Failure, TooLong):
+            return False
 
     def _be_patient(self, failure):
         """Note a failure; UserError if there was nothing else for too long."""
-        now = time.monotonic()
-        if failure.wait > self.patience:
-            raise UserError(
-                f"{self.url} asks to wait {failure.wait:.0f} s, longer than --patience "
-                f"{self.patience:.0f}"
-            )
-        if failure.wait:
-            self.resume_at = max(self.resume_at or 0.0, now + failure.wait)
-        if self.failing_since is None:
-            self.failing_since = now
+        self.errors[failure.kind] += 1
+        now, wait, most = time.monotonic(), failure.wait, f"{self.patience:.0f}"
+        if wait > self.patience:
+            raise UserError(f"{self.url} asks to wait {wait:.0f} s, longer than --patience {most}")
+        if wait:
+            self.resume_at = max(self.resume_at, now + wait)
+        self.failing_since = self.failing_since or now
         if now - self.failing_since > TELL_AFTER and not self.told:
             self.told = True
             tqdm.write(f"{self.url}: {failure.kind}; trying again", file=sys.stderr)
         if now - self.failing_since > self.patience:
             counts = ", ".join(f"{kind} {n}" for kind, n in self.errors.most_common())
-            raise UserError(
-                f"{self.url}: nothing but failures for {self.patience:.0f} s ({counts})"
-            )
+            raise UserError(f"{self.url}: nothing but failures for {most} s ({counts})")
 
-    async def _send(self, client, method, path, body=None):
-        """One try -> the parsed reply. Raises Failure, TooLong, or UserError if none can work."""
-        httpx = self.httpx
+    async def _send(self, client, body):
+        """One try -> Answer to a chat's body, or the parsed list of models if that is None.
+
+        Raises Failure, TooLong, or UserError if none can work.
+        """
+        httpx, path = self.httpx, "/chat/completions" if body else "/models"
         try:
-            reply = await client.request(method, self.url + path, json=body)
+            reply = await client.request("POST" if body else "GET", self.url + path, json=body)
         except httpx.TimeoutException:
-            raise Failure("timeout", own=True) from None
+            raise Failure("timeout") from None
         except httpx.ConnectError:
             raise Failure("no connection") from None
         except httpx.TransportError:
-            raise Failure("dropped", own=True) from None
+            raise Failure("dropped") from None
         except httpx.DecodingError:
-            raise Failure("malformed", own=True) from None
-        if reply.status_code == 200:
-            try:
-                return reply.json()
-            except (ValueError, RecursionError):
-                raise Failure("malformed", own=True) from None
-        self._explain(reply, path)
+            raise Failure("malformed") from None
+        if reply.status_code != 200:
+            raise self._meaning(reply, path)
+        try:
+            parsed = reply.json()
+        except (ValueError, RecursionError):
+            raise Failure("malformed") from None
+        return read_answer(parsed, reply.elapsed.total_seconds()) if body else parsed
 
-    def _explain(self, reply, path):
-        """Raise what an HTTP status other than 200 means."""
-        status, said = reply.status_code, message_of(reply)
-        if key := api_key():
-            said = said.replace(key, "***")  # some servers quote it
-        said = said[:300]
+    def _meaning(self, reply, path):
+        """The exception for an HTTP status other than 200."""
+        status, said, key = reply.status_code, message_of(reply), api_key()
+        said = (said.replace(key, "***") if key else said)[:300]  # some servers quote the key
         if status == 413 or TOO_LONG.search(said):
-            raise TooLong(said)
-        if status in BUSY or status >= 500:
-            wait = retry_after(reply.headers.get("retry-after", ""))
-            raise Failure(f"http {status}", own=status not in BUSY, wait=wait)
+            return TooLong(said)
+        if (kind := f"http {status}") in BUSY or status >= 500:
+            return Failure(kind, retry_after(reply.headers.get("retry-after", "")))
         hint = ""
         if status in (401, 403):
             hint = "; the key is read from NANORRM_API_KEY or OPENAI_API_KEY"
@@ -276,8 +245,8 @@ class EndpointBackend:
             hint = "; the address usually ends in /v1, and --api-model names the model"
         elif 300 <= status < 400:
             hint = f"; it redirects to {reply.headers.get('location', 'nowhere')}"
-        kind = Rejected if status in (400, 422) else UserError
-        raise kind(f"{self.url}{path}: HTTP {status}: {said}{hint}")
+        error = Rejected if status in (400, 422) else UserError
+        return error(f"{self.url}{path}: HTTP {status}: {said}{hint}")
 
 
 def api_key():
@@ -288,7 +257,7 @@ def api_key():
     return key
 
 
-def read_answer(reply):
+def read_answer(reply, seconds=0.0):
     """A parsed reply -> Answer, thinking and content joined. Raises Failure if a part is missing.
 
     vLLM and SGLang may hand the thinking in a field of its own. Where the server does not count
@@ -301,19 +270,18 @@ def read_answer(reply):
         thought = message.get("reasoning_content") or message.get("reasoning") or ""
         usage = reply.get("usage") or {}
         tokens, read = usage.get("completion_tokens") or 0, usage.get("prompt_tokens") or 0
-        details = usage.get("completion_tokens_details") or {}
-        thinking = details.get("reasoning_tokens")
+        thinking = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens")
         texts = (content, thought, reason)
         if not all(isinstance(x, str) for x in texts) or not isinstance(tokens + read, int):
             raise TypeError
     except (LookupError, TypeError, AttributeError):
-        raise Failure("fields missing", own=True) from None
+        raise Failure("fields missing") from None
     text = thought + END_THINK + content if thought and content else thought or content
     if thinking is None:
         before, closed, _ = text.rpartition(END_THINK)
         share = len(before if closed else thought) / max(1, len(text))
         thinking = round(tokens * share)
-    return Answer(text, reason, tokens, thinking, read, 0.0)
+    return Answer(text, reason, tokens, thinking, read, seconds)
 
 
 def message_of(reply):
@@ -334,34 +302,21 @@ def retry_after(header):
     (1.5, 0.0, 0.0)
     """
     try:
-        return max(0.0, float(header)) if float(header) < float("inf") else 0.0
+        wait = float(header)
     except ValueError:
-        pass
-    try:
-        when = parsedate_to_datetime(header)
-    except ValueError:
-        return 0.0
-    when = when if when.tzinfo else when.replace(tzinfo=UTC)
-    return max(0.0, (when - datetime.now(UTC)).total_seconds())
-
-
-def run(coroutine):
-    """asyncio.run, in a thread of its own where a loop is running already (a notebook)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(coroutine)
-    place = {}
-
-    async def known():
-        place.update(loop=asyncio.get_running_loop(), task=asyncio.current_task())
-        return await coroutine
-
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(asyncio.run, known())
         try:
-            return future.result()
-        except BaseException:  # Ctrl-C comes to this thread, not to that one
-            if place and not future.done():
-                place["loop"].call_soon_threadsafe(place["task"].cancel)
-            raise
+            wait = parsedate_to_datetime(header).timestamp() - time.time()
+        except ValueError:
+            return 0.0
+    return max(0.0, wait) if wait < float("inf") else 0.0
+
+
+def run(function, *args):
+    """Await function(*args) in a thread of its own: in a notebook a loop runs here already.
+
+    Ctrl-C, which comes to this thread, cancels it there.
+    """
+    from anyio.from_thread import start_blocking_portal  # comes with httpx
+
+    with start_blocking_portal() as portal:
+        return portal.call(function, *args)

@@ -14,6 +14,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from nanorrm.config import UserError
+from nanorrm.judge.verdict import Answer
+
+FIELDS = ("text", "finish_reason", "tokens", "think_tokens", "prompt_tokens", "seconds")
+
+
+def digest(text):
+    """A name for a text: 32 hexadecimal digits."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def key_of(model, prompt, params, sample):
@@ -22,8 +30,26 @@ def key_of(model, prompt, params, sample):
     model: what answers; prompt: token ids or chat messages; params: SamplingParams (how many votes
     are asked for does not matter); sample: which of them.
     """
-    text = json.dumps([model, prompt, asdict(replace(params, n=1)), sample])
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return digest(json.dumps([model, prompt, asdict(replace(params, n=1)), sample]))
+
+
+def content_of(request):
+    """A hash of the texts in the order they are shown, whatever the template and the model."""
+    pair = request.pair.flipped() if request.swapped else request.pair
+    return digest(repr((pair.query, pair.a, pair.b)))
+
+
+def record_of(request, answer, key, model):
+    """A line of the journal: the answer, under its key, with what it answers."""
+    about = {"key": key, "pair": request.pair.id, "content": content_of(request)}
+    about |= {"swapped": request.swapped, "sample": request.sample, "model": model}
+    about |= {name: getattr(answer, name) for name in FIELDS}
+    return {**about, "errors": answer.errors} if answer.errors else about
+
+
+def answer_of(record):
+    """The answer in a line of the journal."""
+    return Answer(*(record[name] for name in FIELDS), record.get("errors", {}))
 
 
 def parse(path):
@@ -40,13 +66,12 @@ def parse(path):
     records = []
     for number, line in enumerate(data[:whole].split(b"\n")[:-1], 1):
         try:
-            record = json.loads(line)
-            fine = isinstance(record["key"], str) and isinstance(record["text"], str)
+            records.append(json.loads(line))
+            if not all(isinstance(records[-1][name], str) for name in ("key", "text")):
+                raise TypeError
         except (ValueError, KeyError, TypeError, RecursionError):
-            fine = False
-        if not fine:
-            raise UserError(f"{path}, line {number}: not a line of a journal (is it another file?)")
-        records.append(record)
+            why = "not a line of a journal (is it another file?)"
+            raise UserError(f"{path}, line {number}: {why}") from None
     return records, whole
 
 
@@ -62,14 +87,14 @@ class Journal:
             raise UserError(f"{path}: {error.strerror.lower()}") from None
         try:
             self._lock()
-            records, whole = parse(path)
-            if torn := self.path.stat().st_size - whole:
-                self.file.truncate(whole)
+            records, self.size = parse(path)
+            if torn := self.path.stat().st_size - self.size:
+                self.file.truncate(self.size)
                 print(f"{path}: {torn} bytes of a torn last line dropped", file=sys.stderr)
         except BaseException:
             self.close()
             raise
-        self.answers, self.size = {record["key"]: record for record in records}, whole
+        self.answers = {record["key"]: record for record in records}
 
     def _lock(self):
         import fcntl  # not on Windows
@@ -78,6 +103,30 @@ class Journal:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{self.path}: another process or judge is writing to it") from None
+
+    def ask(self, backend, requests, params, heard, progress=None):
+        """As backend.ask, of which only what is not known is asked, and equal questions once."""
+        model = backend.name
+        same = {}  # key -> its requests; the first is the one that is sent
+        for request in requests:
+            key = key_of(model, request.prompt, params, request.sample)
+            same.setdefault(key, []).append(request)
+        keys = {first: key for key, (first, *_) in same.items() if key not in self.answers}
+
+        def heard_first(request, answer):
+            if isinstance(answer, Answer):
+                self.add(record_of(request, answer, keys[request], model))
+            for waiting in same[keys[request]]:
+                heard(waiting, answer)
+
+        for key, waiting in same.items():
+            for request in waiting if key in self.answers else ():
+                heard(request, answer_of(self.answers[key]))
+        try:
+            backend.ask(list(keys), params, heard_first, progress)
+        except UserError as error:
+            saved = f"{len(self.answers)} answers are saved in {self.path}"
+            raise UserError(f"{error}; {saved}, the same command goes on from there") from None
 
     def add(self, record):
         """Write one answer, a dictionary with at least "key" and "text"."""

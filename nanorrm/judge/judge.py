@@ -1,18 +1,20 @@
 """The judge at work: pairs in, verdicts out, by votes in both orders.
 
 A vote is one generation. Showing the same pair in both orders and pooling the votes cancels a
-preference for the first or second slot, and shows it.
+preference for the first or second slot, and shows it. Each pair is a Case: `_prepare` makes its
+prompts, `_ask` collects its answers, `_conclude` makes them its verdict.
 """
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from nanorrm.config import UserError, one_of
 from nanorrm.engine.sampling import SamplingParams
 from nanorrm.judge import prompts
-from nanorrm.judge.backends import Answer, EngineBackend, Refusal, Request, answer_of, record_of
-from nanorrm.judge.journal import Journal, key_of
-from nanorrm.judge.verdict import Verdict, parse_verdict, thought_of
-from nanorrm.records import Pair, flip
+from nanorrm.judge.backends import EngineBackend
+from nanorrm.judge.journal import Journal
+from nanorrm.judge.verdict import Refusal, Request, Verdict
+from nanorrm.records import Pair
 
 
 @dataclass(eq=False)
@@ -20,9 +22,9 @@ class Case:
     """A pair on its way to its verdict."""
 
     pair: Pair  # as it came
-    shown: Pair  # responses cut, conversation rendered
+    shown: Pair  # its responses cut, if they had to be
     verdict: Verdict = field(default_factory=Verdict)
-    prompts: list = field(default_factory=list)  # [(swapped, prompt), ...]
+    prompts: dict = field(default_factory=dict)  # swapped -> prompt
     answers: dict = field(default_factory=dict)  # (swapped, sample) -> Answer | Refusal
 
     def refusal(self):
@@ -42,17 +44,9 @@ class Judge:
     """
 
     def __init__(
-        self,
-        backend,
-        template="rrm",
-        temperature=0.6,
-        max_tokens=8192,
-        think=True,
-        seed=0,
-        overlong="skip",
-        multi_turn="refuse",
-        journal=None,
-    ):
+        self, backend, template="rrm", temperature=0.6, max_tokens=8192, think=True, seed=0,
+        overlong="skip", multi_turn="refuse", journal=None,
+    ):  # fmt: skip
         one_of("overlong", overlong, ("skip", "cut"))
         one_of("multi_turn", multi_turn, ("refuse", "render"))
         self.backend = backend if hasattr(backend, "ask") else EngineBackend(backend)
@@ -64,17 +58,17 @@ class Judge:
 
     def prompt(self, pair, swap=False):
         """The prompt of a pair (ids, or messages for an endpoint), with b shown first if swap."""
-        a, b = (pair.b, pair.a) if swap else (pair.a, pair.b)
+        pair = pair.flipped() if swap else pair
         query = pair.query
         if not isinstance(query, str):
             if self.multi_turn == "refuse":
                 raise UserError("a conversation of several turns (multi_turn = render shows it)")
             query = prompts.transcript(query)
         try:
-            f"{query}{a}{b}".encode()
+            f"{query}{pair.a}{pair.b}".encode()
         except UnicodeEncodeError:
             raise UserError("a text that holds half a character (a lone surrogate)") from None
-        return self.backend.prompt(query, a, b, self.template, self.think)
+        return self.backend.prompt(query, pair.a, pair.b, self.template, self.think)
 
     def check_fits(self):
         """Raise UserError if not even an empty pair fits the model with these settings."""
@@ -100,25 +94,23 @@ class Judge:
             seed=self.seed if seed is None else seed,
             logprobs=False,
         )
-        orders = (False, True)[: 1 + both_orders]
+        orders = (False, True) if both_orders else (False,)
         cases = [Case(pair, pair) for pair in pairs]
         for case in cases:
             self._prepare(case, orders, params)
         waiting = [case for case in cases if not case.verdict.skipped]
         while waiting:
             self._ask(waiting, params, progress)
-            waiting = [case for case in waiting if self._again(case, orders)]
-        for case in cases:
-            self._conclude(case)
-        return [case.verdict for case in cases]
+            waiting = [case for case in waiting if self._too_long(case)]
+        return [self._conclude(case) for case in cases]
 
     def _prepare(self, case, orders, params):
-        """Make a case's prompts, cut if they must and may be; or say why it is skipped."""
+        """Make a case's prompts, its responses cut if they must and may be; or say why it is
+        skipped."""
 
         def refusal(shown):
-            case.shown = shown
-            case.prompts = [(swapped, self.prompt(shown, swapped)) for swapped in orders]
-            refusals = (self.backend.refusal(prompt, params) for _, prompt in case.prompts)
+            self._show(case, shown, orders)
+            refusals = (self.backend.refusal(prompt, params) for prompt in case.prompts.values())
             return next(filter(None, refusals), None)
 
         try:
@@ -136,87 +128,60 @@ class Judge:
         except UserError as error:
             case.verdict.skipped = str(error)
 
-    def _again(self, case, orders):
-        """Whether a case that the server found too long is to be asked again, cut further.
+    def _show(self, case, shown, orders):
+        case.shown = shown
+        case.prompts = {swapped: self.prompt(shown, swapped) for swapped in orders}
+
+    def _ask(self, cases, params, progress):
+        """Fill the answers of cases: n for each of their prompts."""
+        case_of = {
+            Request(prompt, sample, case.pair, swapped): case
+            for case in cases
+            for swapped, prompt in case.prompts.items()
+            for sample in range(params.n)
+        }
+
+        def heard(request, answer):
+            case_of[request].answers[request.swapped, request.sample] = answer
+
+        ask = partial(self.journal.ask, self.backend) if self.journal else self.backend.ask
+        ask(list(case_of), params, heard, progress)
+
+    def _too_long(self, case):
+        """Whether the server found a case too long and it is to be asked again, cut further.
 
         Under 200 characters it is not the responses that are too long.
         """
         refusal, left = case.refusal(), len(case.shown.a) + len(case.shown.b)
         if not (refusal and refusal.too_long and self.overlong == "cut" and left > 200):
             return False
-        case.shown = cut(case.pair, int(0.85 * left))
-        case.prompts = [(swapped, self.prompt(case.shown, swapped)) for swapped in orders]
+        self._show(case, cut(case.pair, int(0.85 * left)), list(case.prompts))
         for answer in case.answers.values():
             case.verdict.errors.update(answer.errors)
         case.answers = {}
         return True
 
-    def _ask(self, cases, params, progress):
-        """Fill the answers of cases, from the journal and from the backend."""
-        model = self.backend.name if self.journal else None
-        asked = {}  # key -> [(case, request), ...]: under a journal, equal questions are asked once
-        for case in cases:
-            for swapped, prompt in case.prompts:
-                for sample in range(params.n):
-                    key = key_of(model, prompt, params, sample) if self.journal else len(asked)
-                    request = Request(prompt, sample, case.pair, swapped)
-                    asked.setdefault(key, []).append((case, request))
-        keys = {}  # the request that is sent for all of its key -> key
-
-        def deliver(key, answer):
-            for case, request in asked[key]:
-                case.answers[request.swapped, request.sample] = answer
-
-        def heard(request, answer):
-            if self.journal and isinstance(answer, Answer):
-                self.journal.add(record_of(request, answer, keys[request], model))
-            deliver(keys[request], answer)
-
-        for key, places in asked.items():
-            if self.journal and key in self.journal.answers:
-                deliver(key, answer_of(self.journal.answers[key]))
-            else:
-                keys[places[0][1]] = key
-        try:
-            self.backend.ask(list(keys), params, heard, progress)
-        except UserError as error:
-            if not self.journal:
-                raise
-            n, path = len(self.journal.answers), self.journal.path
-            saved = f"{n} answers are saved in {path}, the same command goes on from there"
-            raise UserError(f"{error}; {saved}") from None
-
     def _conclude(self, case):
         """Answers -> verdict."""
-        verdict, refusal = case.verdict, case.refusal()
-        verdict.skipped = verdict.skipped or (refusal.reason if refusal else "")
+        verdict, pair, shown = case.verdict, case.pair, case.shown
+        if refusal := case.refusal():
+            verdict.skipped = refusal.reason
         if not verdict.skipped:
-            lost = {
-                name: len(getattr(case.pair, name)) - len(getattr(case.shown, name))
-                for name in "ab"
-            }
+            lost = {"a": len(pair.a) - len(shown.a), "b": len(pair.b) - len(shown.b)}
             verdict.cut = {name: n for name, n in lost.items() if n}
-        for (swapped, _), answer in sorted(case.answers.items()):
-            verdict.errors.update(answer.errors)
-            if isinstance(answer, Refusal):
-                continue
-            verdict.tokens += answer.tokens
-            verdict.think_tokens += answer.think_tokens
-            verdict.prompt_tokens += answer.prompt_tokens
-            verdict.seconds += answer.seconds
-            if verdict.skipped:  # it cost something, but the votes are not all there
-                continue
-            slot = parse_verdict(answer.text, closed=not self.think)
-            verdict.votes.append(flip(slot) if swapped else slot)
-            verdict.swapped.append(swapped)
-            verdict.thoughts.append(thought_of(answer.text, not self.think))
-            verdict.vote_tokens.append(answer.tokens)
-            verdict.finish_reasons.append(answer.finish_reason)
-            verdict.truncated += answer.finish_reason == "length"
+        for swapped, sample in sorted(case.answers):
+            verdict.count(case.answers[swapped, sample], swapped, closed=not self.think)
+        return verdict
 
 
 def cut(pair, room):
-    """A pair with the ends of its responses, at most `room` characters together, as evenly as can
-    be: the longer is cut first."""
-    keep_a, keep_b = prompts.shares(len(pair.a), len(pair.b), room)
-    return replace(pair, a=pair.a[len(pair.a) - keep_a :], b=pair.b[len(pair.b) - keep_b :])
+    """The pair with the ends of its responses: `room` characters together at most, as evenly as
+    can be, the longer cut first.
+
+    >>> [(len(p.a), len(p.b)) for p in (cut(Pair("q", "a" * 10, "b" * n), 8) for n in (3, 30))]
+    [(5, 3), (4, 4)]
+    """
+    a, b = len(pair.a), len(pair.b)
+    keep_a = min(a, max(room - b, room // 2))
+    keep_b = min(b, room - keep_a)
+    return replace(pair, a=pair.a[a - keep_a :], b=pair.b[b - keep_b :])

@@ -1,4 +1,4 @@
-"""What the judge reads and how its verdict is read: templates -> ids, text -> verdict.
+"""What the judge reads: templates -> ids.
 
 Two templates. "rrm" is the released models' own (system text and user text in a data file, byte for
 byte; arXiv 2505.14674), rendered through the model's chat template. "toy" is the embedded world's:
@@ -56,16 +56,6 @@ def transcript(messages):
     return "\n\n".join(f"{role.capitalize()}: {content}" for role, content in turns)
 
 
-def shares(a, b, room):
-    """How much of two lengths stays if both together may fill `room`: the longer is cut first.
-
-    >>> shares(10, 3, 8), shares(10, 30, 8), shares(2, 3, 8)
-    ((5, 3), (4, 4), (2, 3))
-    """
-    keep_a = min(a, max(room - b, room // 2))
-    return keep_a, min(b, room - keep_a)
-
-
 def opened(tokenizer, prompt):
     """Ids of a toy prompt: its text as plain characters, and the mark that opens the thinking."""
     return tokenizer.encode(prompt.removesuffix(THINK)) + tokenizer.encode_template(THINK)
@@ -75,9 +65,8 @@ def query_prompt(tokenizer, query):
     """Prompt ids that ask a model for a response to a query (text or messages): the toy's own form,
     or the chat template's. Raises UserError for a conversation put to the toy."""
     if template_of(tokenizer) != "toy":
-        return tokenizer.chat(
-            [{"role": "user", "content": query}] if isinstance(query, str) else query
-        )
+        turns = [{"role": "user", "content": query}] if isinstance(query, str) else query
+        return tokenizer.chat(turns)
     if not isinstance(query, str):
         raise UserError("the toy policy can't read a conversation of several turns")
     return opened(tokenizer, toy_solve(query))

@@ -7,7 +7,27 @@ from collections import Counter
 
 import numpy as np
 
+from nanorrm.measure.patterns import PHRASES
 from nanorrm.measure.statistics import bootstrap, mean, roc_auc, standardise
+
+OUTCOMES = ("right", "wrong", "tied", "invalid", "skipped")  # invalid: no vote could be read
+SHARES = ("accuracy", "accuracy_readable", "voted", "consistency", "first_slot", "unreadable")
+FORMATS = {  # metric -> how the terminal and report.html write it
+    **dict.fromkeys((*SHARES, "truncated", *PHRASES), "{:.1%}"),
+    **dict.fromkeys(("tokens_per_vote", "think_tokens_per_pair", "matches"), "{:.1f}"),
+}
+
+
+def written(metric, value):
+    """A metric's value as people read it, `-` for None; by FORMATS, never by a guess.
+
+    >>> written("accuracy", 0.8231), written("matches", 1.0), written("pairs", 2985)
+    ('82.3%', '1.0', '2,985')
+    """
+    if value is None or isinstance(value, bool | str):
+        return "-" if value is None else str(value)
+    plain = "{:,}" if isinstance(value, int) else "{:,.2f}"
+    return FORMATS.get(metric, plain).format(value)
 
 
 def outcome(pair, verdict):
@@ -25,9 +45,6 @@ def outcome(pair, verdict):
     if pair.label is None:
         return None
     return "right" if verdict.winner == pair.label else "wrong"
-
-
-OUTCOMES = ("right", "wrong", "tied", "invalid", "skipped")
 
 
 def credit(pair, verdict):
@@ -52,14 +69,12 @@ def summarize(pairs, verdicts, weights=None):
     everything. Intervals: bootstrap over queries (votes of a pair and pairs of a query are not
     independent).
     """
-    if weights is not None:
-        pairs = [pair for pair, weight in zip(pairs, weights) if weight]
-        verdicts = [verdict for verdict, weight in zip(verdicts, weights) if weight]
-        weights = [weight for weight in weights if weight]
-    judged = list(zip(pairs, verdicts))
+    weights = [1.0] * len(pairs) if weights is None else weights
+    judged = [one for *one, weight in zip(pairs, verdicts, weights) if weight]
+    weights = [weight for weight in weights if weight]
     outcomes = [outcome(pair, verdict) for pair, verdict in judged]
-    queries = [str(pair.query) for pair in pairs]
-    summary = {"pairs": len(pairs), **{name: outcomes.count(name) for name in OUTCOMES}}
+    queries = [str(pair.query) for pair, _ in judged]
+    summary = {"pairs": len(judged), **{name: outcomes.count(name) for name in OUTCOMES}}
     for name, values in (
         ("accuracy", [credit(*one) for one in judged]),
         ("accuracy_readable", [credit_readable(*one) for one in judged]),
@@ -67,7 +82,7 @@ def summarize(pairs, verdicts, weights=None):
     ):
         summary[name] = mean(values, weights)
         summary[f"{name}_interval"] = bootstrap(values, queries, weights)
-    return {**summary, **shares(verdicts)}
+    return {**summary, **shares([verdict for _, verdict in judged])}
 
 
 def shares(verdicts):
@@ -112,13 +127,10 @@ def best_of_k_curve(ratings, truth, permutations=100, seed=0):
     for scores, values in zip(np.asarray(ratings, float), np.asarray(truth, float)):
         orders = rng.permuted(np.tile(np.arange(len(scores)), (permutations, 1)), axis=1)
         shown, gained = scores[orders], values[orders]  # [permutations, K]
-        best = np.maximum.accumulate(shown, axis=1)
-        fresh = np.concatenate([np.full((permutations, 1), -np.inf), best[:, :-1]], 1) < shown
-        leader = np.maximum.accumulate(np.where(fresh, np.arange(len(scores)), 0), axis=1)
+        leader = np.stack([shown[:, : k + 1].argmax(1) for k in range(len(scores))], 1)
         taken = np.take_along_axis(gained, leader, 1)
         curves.append((taken.mean(0), np.maximum.accumulate(gained, axis=1).mean(0)))
-    curve, oracle = np.mean(curves, axis=0)
-    return curve, oracle
+    return tuple(np.mean(curves, axis=0))
 
 
 def best_of_k_scores(ratings, truth, permutations=100, seed=0):

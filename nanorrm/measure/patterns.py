@@ -11,66 +11,20 @@ import re
 
 # a phrase matches whole words in any case; * is any ending, a space is any white space or hyphen
 PHRASES = {
-    "transition": (
-        "wait",
-        "alternatively",
-        "hold on",
-        "hmm",
-        "on second thought",
-        "on the other hand",
-        "another way",
-        "another approach",
-        "another perspective",
-        "think differently",
-        "let me try",
-    ),
-    "reflection": (
-        "verif*",
-        "check*",
-        "recheck*",
-        "re check*",
-        "recalculat*",
-        "reconsider*",
-        "re examin*",
-        "re read*",
-        "make sure",
-        "go back",
-        "going back",
-        "look again",
-        "looking again",
-    ),
-    "comparison": (
-        "more",
-        "less",
-        "better",
-        "worse",
-        "than",
-        "compar*",
-        "both",
-        "whereas",
-        "similar*",
-        "in contrast",
-    ),
-    "breakdown": (
-        "decompos*",
-        "break* down",
-        "break* it down",
-        "break* this down",
-        "step",
-        "steps",
-        "firstly",
-        "first of all",
-        "sub problem*",
-        "subproblem*",
-        "one by one",
-    ),
+    "transition": "wait, alternatively, hold on, hmm, on second thought, on the other hand, "
+    "another way, another approach, another perspective, think differently, let me try",
+    "reflection": "verif*, check*, recheck*, re check*, recalculat*, reconsider*, re examin*, "
+    "re read*, make sure, go back, going back, look again, looking again",
+    "comparison": "more, less, better, worse, than, compar*, both, whereas, similar*, in contrast",
+    "breakdown": "decompos*, break* down, break* it down, break* this down, step, steps, firstly, "
+    "first of all, sub problem*, subproblem*, one by one",
 }
 
 
 def matcher(phrases):
-    """A compiled pattern that finds any of the phrases."""
-    words = (re.escape(p).replace(r"\*", r"\w*").replace(r"\ ", r"[\s-]+") for p in phrases)
-    return re.compile(rf"\b(?:{'|'.join(words)})\b", re.IGNORECASE)
+    """A compiled pattern that finds any of the phrases (a text, with commas between them)."""
+    words = re.escape(phrases).replace(r",\ ", "|").replace(r"\*", r"\w*").replace(r"\ ", r"[\s-]+")
+    return re.compile(rf"\b(?:{words})\b", re.IGNORECASE)
 
 
 MATCHERS = {group: matcher(phrases) for group, phrases in PHRASES.items()}
@@ -85,12 +39,9 @@ def patterns(thoughts):
     {'transition': 0.3333333333333333, 'reflection': 0.3333333333333333, \
 'comparison': 0.3333333333333333, 'breakdown': 0.0}
     """
-    n, found = 0, dict.fromkeys(MATCHERS, 0)
-    for thought in thoughts:
-        n += 1
-        for group, pattern in MATCHERS.items():
-            found[group] += pattern.search(thought) is not None
-    return {group: count / n if n else None for group, count in found.items()}
+    thoughts = list(thoughts)
+    found = {k: sum(1 for t in thoughts if m.search(t)) for k, m in MATCHERS.items()}
+    return {group: n / len(thoughts) if thoughts else None for group, n in found.items()}
 
 
 def by(records, key):
@@ -106,10 +57,8 @@ def by(records, key):
     """
     thoughts = {}
     for record in records:
-        value = str(record.get(key) or "")
-        thoughts.setdefault(value, []).extend(
-            vote.get("thought") or "" for vote in record.get("votes") or ()
-        )
+        said = [vote.get("thought") or "" for vote in record.get("votes") or ()]
+        thoughts.setdefault(str(record.get(key) or ""), []).extend(said)
     return {
         value: {"thoughts": len(said), **patterns(said)} for value, said in thoughts.items() if said
     }

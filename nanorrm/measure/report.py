@@ -1,9 +1,10 @@
 """The page one reads comparisons in: results.json and records.jsonl of a folder -> report.html.
 
 One file that opens from a disk without a network: the numbers as static HTML, the records as JSON,
-and a hand-written reader (assets/report/) that draws one comparison or bracket at a time. Text of
-models is text: escaped here, entered as text nodes there, and a content security policy that allows
-the reader's own script by its hash and nothing else stands behind both.
+and a hand-written reader (assets/report/) that draws one comparison or bracket at a time. All that
+is to be counted is counted here; the reader lists, searches and shows. Text of models is text:
+escaped here, entered as text nodes there, and a content security policy that allows the reader's
+own script by its hash and nothing else stands behind both.
 """
 
 import base64
@@ -11,14 +12,19 @@ import hashlib
 import html
 import json
 import re
+from collections import Counter
 from importlib import resources
 from pathlib import Path
 
 from nanorrm.config import UserError
+from nanorrm.data.formats import read_rows
 from nanorrm.files import read_json, write_text
-from nanorrm.measure.patterns import by, patterns
+from nanorrm.judge.verdict import Verdict
+from nanorrm.measure.metrics import OUTCOMES, written
+from nanorrm.measure.patterns import PHRASES, by, patterns
 
-OUTCOMES = ("right", "wrong", "tied", "invalid")  # of the pairs that were judged
+MARKS = {"right": "✓", "wrong": "✗", "tied": "=", "unreadable": "?", "skipped": "–", "judged": "•"}
+FILTERS = ("all", "right", "wrong", "tied", "inconsistent", "unreadable", "skipped", "rankings")
 MAX_BYTES = 48 * 2**20  # of records in the page: what a browser opens and searches without a wait
 
 
@@ -31,37 +37,46 @@ def write_report(folder, max_bytes=MAX_BYTES):
     folder = Path(folder)
     results = read_json(folder / "results.json")
     records = read_records(folder / "records.jsonl")
-    shown, size = [], 0
+    sections = sorted({section_of(record) for record in records} - {""})
+    shown, size, counts = [], 0, Counter()
     for record in records:
-        line = as_script(record)
+        section = section_of(record)
+        page = of_pair(record) if record["kind"] == "pair" else of_ranking(record)
+        page["section"] = 1 + sections.index(section) if section else 0  # the place in the choice
+        line = as_script({**record, "page": page})
         size += len(line.encode()) + 2
         if size > max_bytes:
             break
         shown.append(line)
-    title = f"{results.get('command') or folder.name} — nanorrm"
+        counts.update(page["filters"])
     summary = [*about(results), *table(results), *thinking(records), *figure(folder / "plot.png")]
-    if len(shown) < len(records):
-        left, limit = len(records) - len(shown), f"{max_bytes / 2**20:.3g} MiB"
-        summary.insert(
-            0,
-            f'<p class="note">The first {len(shown):,} of {len(records):,} records are shown; '
-            f"{left:,} are left out, because this page holds at most {limit} of them. All are in "
-            "records.jsonl, and the numbers here are over all.</p>",
+    if left := len(records) - len(shown):
+        note = (
+            f"The first {len(shown):,} of {len(records):,} records are shown; {left:,} are left "
+            f"out, because this page holds at most {max_bytes / 2**20:.3g} MiB of them. All are in "
+            "records.jsonl, and the numbers here are over all."
         )
-    values = {
-        "title": text(title),
-        "summary": "\n".join(summary),
-        "style": asset("style.css"),
-        "script": asset("tournament.js") + asset("script.js"),
-        "records": f"[{','.join(shown)}]",
-    }
+        summary.insert(0, f'<p class="note">{note}</p>')
+    return fill_page(
+        folder / "report.html",
+        title=text(f"{results.get('command') or folder.name} — nanorrm"),
+        summary="\n".join(summary),
+        filters="".join(buttons(counts)),
+        sections="".join(choice(sections)),
+        records=f"[{','.join(shown)}]",
+    )
+
+
+def fill_page(path, **values):
+    """Write the page with these values in its places; its policy names the script by its hash."""
+    values["style"] = asset("style.css")
+    values["script"] = asset("tournament.js") + asset("script.js")
     digest = base64.b64encode(hashlib.sha256(values["script"].encode()).digest()).decode()
     values["policy"] = (
         f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
     page = re.sub(r"\{\{(\w+)\}\}", lambda place: values[place[1]], asset("page.html"))
-    path = folder / "report.html"
     try:
         write_text(path, page)
     except OSError as error:
@@ -76,22 +91,10 @@ def asset(name):
 
 def read_records(path):
     """The records of a records.jsonl. Raises UserError that names the line that can't be used."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable ({error})") from None
     records = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line, parse_constant=lambda name: None)  # a browser reads no NaN
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error})") from None
+    for where, _, record in read_rows(path):
         if not isinstance(record, dict) or record.get("kind") not in ("pair", "ranking"):
-            raise UserError(f"{path}, line {number}: neither a pair nor a ranking")
+            raise UserError(f"{where}: neither a pair nor a ranking")
         records.append(record)
     return records
 
@@ -99,11 +102,125 @@ def read_records(path):
 def as_script(value):
     r"""JSON that can stand inside a script element and in a UTF-8 file, whatever is in its texts.
 
-    >>> as_script("</script>\u2028\ud800")
-    '"\\u003c/script\\u003e\\u2028\\ud800"'
+    >>> as_script(["</script>\u2028\ud800", float("nan")])
+    '["\\u003c/script\\u003e\\u2028\\ud800", null]'
     """
-    said = json.dumps(value, ensure_ascii=False)
+    try:
+        said = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:  # a browser reads no NaN
+        value = json.loads(json.dumps(value), parse_constant=lambda name: None)
+        said = json.dumps(value, ensure_ascii=False)
     return re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda m: rf"\u{ord(m[0]):04x}", said)
+
+
+# -- what the reader shows of a record beside its texts: `page`
+
+
+def section_of(record):
+    """What the choice of sections goes by."""
+    return str(record.get("section") or record["source"] or "")
+
+
+def of_pair(record):
+    """`page` of a pair: outcome, filters that it passes, words on its votes, remarks on a and b."""
+    votes = record["votes"]
+    said = Verdict([vote["vote"] for vote in votes], [vote["swapped"] for vote in votes])
+    given, swapped = said.by_order()
+    read, disagree = len(votes) - said.invalid, given and swapped and given != swapped
+    outcome = {"invalid": "unreadable", None: "judged"}.get(record["outcome"], record["outcome"])
+    words = [f"{said.p_first:.0%} of {plural(read, 'readable vote')} for a"] if read else []
+    flaws, remarks = [], {1: [], 2: [], None: []}
+    if said.invalid:
+        words.append(f"{said.invalid} unreadable")
+        flaws.append("unreadable")
+    if disagree:
+        words.append("the orders disagree")
+        flaws.append("inconsistent")
+    remarks[record["winner"]].append(["judge’s choice", ""])
+    remarks[record["label"]].append(["better by the label", "right"])
+    page = headline(outcome, section_of(record), words, flaws)
+    return {**page, "remarks": [remarks[1], remarks[2]]}
+
+
+def of_ranking(record):
+    """`page` of a ranking: the same, which responses are good, and its tree or table of games."""
+    truth, rounds, ratings = (record[name] for name in ("truth", "rounds", "ratings"))
+    n, champion = len(ratings), record["champion"]
+    games = [game for round_ in rounds for game in round_]
+    page = {"order": sorted(range(n), key=lambda i: -ratings[i])}
+    outcome, remarks = "judged", [[[f"rated {rating:.5g}", "soft"]] for rating in ratings]
+    if truth is not None:
+        good = page["good"] = [value > 0 and value == max(truth) for value in truth]
+        outcome = "right" if good[champion] else "wrong"
+        for mine, right in zip(remarks, good):
+            mine.insert(0, ["✓ good", "right"] if right else ["✗ not good", "wrong"])
+    remarks[champion].insert(0, ["champion", ""])
+    if record["meta"].get("strategy") == "knockout" and games:
+        page["tree"] = tree(rounds)
+    else:
+        page |= standings(n, games)
+    words = [plural(n, "response"), plural(len(games), "game")]
+    unreadable = any(vote["vote"] is None for *_, votes in games for vote in votes or ())
+    flaws = ["rankings"] + ["unreadable"] * unreadable
+    return {**page, **headline(outcome, f"ranking of {n}", words, flaws), "remarks": remarks}
+
+
+def headline(outcome, kind, words, flaws):
+    """What the list and the heading say of any record."""
+    filters = list(dict.fromkeys(["all", outcome, *flaws]))  # once each
+    about = {"badge": f"{MARKS[outcome]} {outcome}", "kind": kind, "words": ", ".join(words)}
+    return {"outcome": outcome, "filters": filters, **about}
+
+
+def tree(rounds):
+    """The games of a knockout as its final and what led there: [round, place, game, game].
+
+    >>> tree([[[0, 1, 1, None]], [[2, 1, 2, None]]])  # response 2 entered in the second round
+    [1, 0, [0, 0]]
+    """
+    won = {}  # response -> the game it won last
+    for round_, games in enumerate(rounds):
+        for place, (a, b, winner, _) in enumerate(games):
+            won[winner] = [round_, place, *filter(None, (won.get(a), won.get(b)))]
+    return won[winner]
+
+
+def standings(n, games):
+    """Points of n responses, who leads, and [points, games] of each against each that it met.
+
+    >>> standings(3, [[0, 1, 1, None], [1, 2, None, None]])["points"]  # a draw is half a point
+    [0, 1.5, 0.5]
+    """
+    met = [[None] * n for _ in range(n)]
+    for a, b, winner, _ in games:
+        for me, other in ((a, b), (b, a)):
+            won, played = met[me][other] or (0, 0)
+            met[me][other] = [won + (0.5 if winner is None else int(winner == me)), played + 1]
+    points = [sum(cell[0] for cell in row if cell) for row in met]
+    return {"met": met, "points": points, "standing": sorted(range(n), key=lambda i: -points[i])}
+
+
+def plural(n, word):
+    """`1 vote`, `2,000 votes`."""
+    return f"{n:,} {word}{'' if n == 1 else 's'}"
+
+
+# -- the page's static parts
+
+
+def buttons(counts):
+    """A button for each filter that lets any record through."""
+    for name in FILTERS:
+        if counts[name] or name in ("all", "wrong"):
+            words = f"{name}<span>{counts[name]:,}</span>"
+            yield f'<button type="button" data-name="{name}">{words}</button>'
+
+
+def choice(sections):
+    """The choice of a section, where there are several."""
+    if len(sections) > 1:
+        options = "".join(f"<option>{text(name)}</option>" for name in ("all sections", *sections))
+        yield f'<select id="section" aria-label="Section">{options}</select>'
 
 
 def text(value):
@@ -111,34 +228,12 @@ def text(value):
     return html.escape(str(value).encode("utf-8", "replace").decode())
 
 
-def number(value, share=False):
-    """A metric in a cell of the table; share: shown in percent.
-
-    >>> number(0.8231, share=True), number(0.5), number(2985)
-    ('82.3%', '0.50', '2,985')
-    """
-    if value is None:
-        return "–"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return text(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    if share:
-        return f"{value:.1%}"
-    return f"{value:.2f}" if abs(value) < 100 else f"{value:,.0f}"
-
-
 def column(key, rows):
     """The cells of one metric over the rows, with intervals where there are any."""
-    values = [row.get(key) for row in rows]
-    known = [value for value in values if value is not None]
-    share = not re.search("token|second", key) and all(
-        isinstance(value, float) and 0 <= value <= 1 for value in known
-    )
-    for row, value in zip(rows, values):
-        shown, interval = number(value, share), row.get(f"{key}_interval")
-        if value is not None and isinstance(interval, list) and len(interval) == 2:
-            low, high = (number(end, share).removesuffix("%") for end in interval)
+    for row in rows:
+        shown, interval = text(written(key, row.get(key))), row.get(f"{key}_interval")
+        if row.get(key) is not None and isinstance(interval, list):
+            low, high = (written(key, end).removesuffix("%") for end in interval)
             shown += f" <small>{low} to {high}</small>"
         yield shown
 
@@ -148,15 +243,12 @@ def table(results):
 
     The row over all stands below the others if it has a metric of theirs, else apart.
     """
-    rows, every = results.get("rows") or {}, results.get("all")
-    rows = {name: row for name, row in rows.items() if isinstance(row, dict)}
+    rows, every = dict(results.get("rows") or {}), results.get("all")
     apart = {}
-    if isinstance(every, dict):
+    if every:
         (rows if set(metrics_of(rows)) & set(metrics_of({"all": every})) else apart)["all"] = every
     for part in filter(None, (rows, apart)):
-        keys = metrics_of(part)
-        cells = zip(*(column(key, list(part.values())) for key in keys))
-        yield from grid(keys, dict(zip(part, cells)))
+        yield from grid(metrics_of(part), part)
 
 
 def metrics_of(rows):
@@ -169,26 +261,20 @@ def metrics_of(rows):
 def thinking(records):
     """The table of reasoning patterns, by outcome where there are several."""
     groups = by(records, "outcome")
-    if not groups:
-        return
     rows = {outcome: groups[outcome] for outcome in OUTCOMES if outcome in groups}
-    said = [v.get("thought") or "" for r in records for v in r.get("votes") or ()]
-    rows = {**rows, "all": {"thoughts": len(said), **patterns(said)}}
-    if not any(rows["all"][group] for group in rows["all"] if group != "thoughts"):
-        return  # no words at all, as with the toy judge
-    yield "<h3>Share of thoughts with words of</h3>"
-    cells = zip(*(column(key, list(rows.values())) for key in rows["all"]))
-    yield from grid(list(rows["all"]), dict(zip(rows, cells)))
+    said = [v["thought"] or "" for r in records for v in r.get("votes", ())]
+    rows["all"] = {"thoughts": len(said), **patterns(said)}
+    if any(rows["all"][group] for group in PHRASES):  # the toy judge has no words
+        yield "<h3>Share of thoughts with words of</h3>"
+        yield from grid(list(rows["all"]), rows)
 
 
 def grid(keys, rows):
-    """Rows {name: cells, escaped already} under headings as a table that scrolls if wide."""
-    if not rows:
-        return
+    """The metrics of these keys of rows {name: numbers} as a table that scrolls if wide."""
     heads = "".join(f'<th scope="col">{text(key.replace("_", " "))}</th>' for key in keys)
     yield '<div class="scroll" tabindex="0" role="group" aria-label="Table"><table>'
     yield f"<thead><tr><td></td>{heads}</tr></thead><tbody>"
-    for name, cells in rows.items():
+    for name, cells in zip(rows, zip(*(column(key, rows.values()) for key in keys))):
         last = ' class="all"' if name == "all" else ""
         cells = "".join(f"<td>{cell}</td>" for cell in cells)
         yield f'<tr{last}><th scope="row">{text(name)}</th>{cells}</tr>'
@@ -203,14 +289,10 @@ def about(results):
         said.append(f"{results['seconds']:,.1f} s")
     said += [str(versions[key]) for key in ("device", "started") if versions.get(key)]
     yield f"<p>{' · '.join(map(text, said))}</p>"
-    listed = {**settings, **versions}
-    if listed:
-        said = {key: json.dumps(value, ensure_ascii=False) for key, value in listed.items()}
-        lines = "".join(
-            f"<dt>{text(key)}</dt><dd><code>{text(value)}</code></dd>"
-            for key, value in said.items()
-        )
-        yield f"<details><summary>Settings</summary><dl>{lines}</dl></details>"
+    if listed := {**settings, **versions}:
+        said = ((key, json.dumps(value, ensure_ascii=False)) for key, value in listed.items())
+        lines = (f"<dt>{text(k)}</dt><dd><code>{text(value)}</code></dd>" for k, value in said)
+        yield f"<details><summary>Settings</summary><dl>{''.join(lines)}</dl></details>"
 
 
 def figure(path):

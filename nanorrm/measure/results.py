@@ -9,6 +9,7 @@ import json
 import os
 import re
 import time
+from collections import Counter
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -18,18 +19,15 @@ import numpy as np
 from nanorrm.config import UserError
 from nanorrm.files import read_json, write_text
 from nanorrm.measure import metrics, statistics
+from nanorrm.measure.metrics import written
 from nanorrm.measure.report import read_records, write_report
 from nanorrm.rank.bestof import choose
 from nanorrm.runs import surroundings
 
-COLUMNS = [  # of the table: heading, metric, format
-    ("voted", "voted", "{:.1%}"),
-    ("consistent", "consistency", "{:.1%}"),
-    ("slot 1", "first_slot", "{:.1%}"),
-    ("unreadable", "unreadable", "{:.1%}"),
-    ("truncated", "truncated", "{:.1%}"),
-    ("think", "think_tokens_per_pair", "{:.1f}"),
-]
+COLUMNS = {  # of the table over pairs: heading -> metric
+    "voted": "voted", "consistent": "consistency", "slot 1": "first_slot",
+    "unreadable": "unreadable", "truncated": "truncated", "think": "think_tokens_per_pair",
+}  # fmt: skip
 
 
 class Recorder:
@@ -49,48 +47,24 @@ class Recorder:
         return verdicts
 
 
-def ranking_record(ranking, ranked, verdict, strategy):
-    """One ranked query as a line of records.jsonl; verdict(a, b): what decided a match, or None."""
-    rounds = [
-        [[a, b, winner, votes_of(said) if (said := verdict(a, b)) else None] for a, b, winner in at]
-        for at in ranked.rounds
-    ]
-    return {
-        "kind": "ranking",
-        "id": ranking.id,
-        "source": ranking.source,
-        "query": ranking.query,
-        "responses": ranking.responses,
-        "truth": ranking.truth,
-        "champion": ranked.champion,
-        "ratings": ranked.ratings,
-        "rounds": rounds,
-        "meta": {**ranking.meta, "strategy": strategy},
-    }
-
-
 def percent(share, interval=None):
     """`71.2% [68.0%, 74.1%]`; `-` for None."""
     if share is None:
         return "-"
-    text = f"{share:6.1%}"
-    return text + (" [{:6.1%}, {:6.1%}]".format(*interval) if interval else "")
-
-
-def cell(value, form):
-    """A number of a table; `-` for None."""
-    return "-" if value is None else form.format(value)
+    return f"{share:6.1%}" + (" [{:6.1%}, {:6.1%}]".format(*interval) if interval else "")
 
 
 def table(rows):
-    """Lines of the table: rows {name: summary}."""
+    """Lines of the table of rows {name: numbers}, over pairs or over queries."""
     width = max(map(len, rows))
-    heads = "  ".join(f"{head:>{max(6, len(head))}s}" for head, *_ in COLUMNS)
-    yield f"{'':{width}}  pairs  {'accuracy [95%]':24s}  {heads}"
-    for name, s in rows.items():
-        cells = [f"{cell(s[key], form):>{max(6, len(head))}s}" for head, key, form in COLUMNS]
-        accuracy = percent(s["accuracy"], s["accuracy_interval"])
-        yield f"{name:{width}}  {s['pairs']:5d}  {accuracy}  {'  '.join(cells)}"
+    unit = "pairs" if "pairs" in next(iter(rows.values())) else "queries"
+    columns = COLUMNS if unit == "pairs" else {"matches per query": "matches"}
+    heads = {f"{head:>6s}": metric for head, metric in columns.items()}
+    yield f"{'':{width}}  {unit}  {'accuracy [95%]':24s}  {'  '.join(heads)}"
+    for name, row in rows.items():
+        cells = [f"{written(key, row[key]):>{len(head)}s}" for head, key in heads.items()]
+        accuracy = percent(row["accuracy"], row["accuracy_interval"])
+        yield f"{name:{width}}  {row[unit]:{len(unit)}d}  {accuracy:24s}  {'  '.join(cells)}"
 
 
 def account(total, benchmark, scores, seconds):
@@ -112,23 +86,13 @@ def account(total, benchmark, scores, seconds):
         yield f"{name}: {percent(score).strip()}"
 
 
-def ranking_table(rows):
-    """Lines of a table over queries: rows {name: {"queries", "accuracy", "matches", ...}}."""
-    width = max(map(len, rows))
-    yield f"{'':{width}}  queries  {'accuracy [95%]':24s}  matches per query"
-    for name, s in rows.items():
-        accuracy = percent(s["accuracy"], s["accuracy_interval"])
-        matches = cell(s["matches"], "{:.1f}")
-        yield f"{name:{width}}  {s['queries']:7d}  {accuracy:24s}  {matches:>17s}"
-
-
 def cost(total, counts, seconds):
     """Lines that say what became of every match, and what a comparison shows and costs."""
     yield (
         "{matches} matches = {asked} asked + {repeated} repeated + {identical} identical = "
         "{decided} decided + {coins} by coin + {draws} drawn".format_map(counts)
     )
-    shown = [f"{head} {cell(total[key], form)}" for head, key, form in COLUMNS[1:]]
+    shown = [f"{head} {written(key, total[key])}" for head, key in COLUMNS.items() if key in total]
     each = seconds / max(1, counts["asked"])
     yield f"{', '.join(shown)}; {each:.3f} s per comparison, {seconds:.1f} s in all"
 
@@ -166,20 +130,34 @@ def votes_of(verdict):
 
 def pair_record(pair, verdict):
     """One comparison as a line of records.jsonl."""
+    odd = {name: value for name in ("skipped", "cut") if (value := getattr(verdict, name))}
     return {
         "kind": "pair",
         "id": pair.id,
-        "source": pair.source,
+        **vars(pair),
         "section": pair.meta.get("section", ""),
-        "query": pair.query,
-        "a": pair.a,
-        "b": pair.b,
-        "label": pair.label,
         "winner": verdict.winner,
         "p_first": verdict.p_first,
         "outcome": metrics.outcome(pair, verdict),
         "votes": votes_of(verdict),
-        "meta": {**pair.meta, **{k: v for k in ("skipped", "cut") if (v := getattr(verdict, k))}},
+        "meta": {**pair.meta, **odd},
+    }
+
+
+def ranking_record(ranking, ranked, verdict, strategy):
+    """One ranked query as a line of records.jsonl; verdict(a, b): what decided a match, or None."""
+    rounds = [
+        [[a, b, winner, (heard := verdict(a, b)) and votes_of(heard)] for a, b, winner in games]
+        for games in ranked.rounds
+    ]
+    return {
+        "kind": "ranking",
+        "id": ranking.id,
+        **vars(ranking),
+        "champion": ranked.champion,
+        "ratings": ranked.ratings,
+        "rounds": rounds,
+        "meta": {**ranking.meta, "strategy": strategy},
     }
 
 
@@ -199,19 +177,22 @@ def output_folder(command, out):
     return folder
 
 
-def write(folder, command, settings, numbers, records, draw=None):
+def write(folder, command, settings, numbers, records, draw):
     """results.json (numbers, settings, versions), records.jsonl, plot.png, and report.html.
 
     draw: a function that draws on a matplotlib figure. results.json comes last, so that a folder
     that has one is whole.
     """
+    from matplotlib.figure import Figure  # the slowest import of all
+
+    canvas = Figure(figsize=(8, 5), layout="constrained")
+    draw(canvas)
     try:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         # a server can send half a character, which no UTF-8 file holds
         lines = re.sub("[\ud800-\udfff]", lambda m: rf"\u{ord(m[0]):04x}", lines)
         write_text(folder / "records.jsonl", lines)
-        if draw is not None:
-            figure(folder / "plot.png", draw)
+        canvas.savefig(folder / "plot.png", dpi=120)
         about = {"command": command, "settings": asdict(settings), **numbers}
         about["versions"] = surroundings()
         write_text(folder / "results.json", json.dumps(about, indent=2) + "\n")
@@ -220,58 +201,37 @@ def write(folder, command, settings, numbers, records, draw=None):
     write_report(folder)
 
 
-def figure(path, draw):
-    """Save what draw(figure) draws as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    canvas = pyplot.figure(figsize=(8, 5), layout="constrained")
-    draw(canvas)
-    canvas.savefig(path, dpi=120)
-    pyplot.close(canvas)
-
-
-def bars(rows):
-    """A drawing of the accuracies of rows {name: summary} with their intervals."""
-
-    def draw(canvas):
-        names = [name for name in rows if rows[name]["accuracy"] is not None][::-1]
-        canvas.set_size_inches(8, 1.2 + 0.28 * len(names))
-        axis = canvas.add_subplot()
-        for place, name in enumerate(names):
-            axis.plot(rows[name]["accuracy_interval"], (place, place), color="C0", linewidth=2)
-            axis.plot(rows[name]["accuracy"], place, "o", color="C0")
-        axis.axvline(0.5, color="grey", linewidth=0.8, linestyle=":")
-        axis.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 1.02), xlabel="accuracy")
-        axis.grid(axis="x", alpha=0.3)
-
-    return draw
+def bars(rows, canvas):
+    """Draw the accuracies of rows {name: summary} with their intervals."""
+    names = [name for name in rows if rows[name]["accuracy"] is not None][::-1]
+    canvas.set_size_inches(8, 1.2 + 0.28 * len(names))
+    axis = canvas.add_subplot()
+    for place, name in enumerate(names):
+        axis.plot(rows[name]["accuracy_interval"], (place, place), color="C0", linewidth=2)
+        axis.plot(rows[name]["accuracy"], place, "o", color="C0")
+    axis.axvline(0.5, color="grey", linewidth=0.8, linestyle=":")
+    axis.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 1.02), xlabel="accuracy")
+    axis.grid(axis="x", alpha=0.3)
 
 
-def curves(panels):
-    """A drawing of panels {title: {"x": label, "log": bool, "curves": {name: points}}}.
+def curves(panels, canvas):
+    """Draw panels {title: {"x": label, "log": bool, "curves": {name: points}}}.
 
     points: [(x, accuracy, low, high), ...], or [(x, accuracy), ...].
     """
-
-    def draw(canvas):
-        canvas.set_size_inches(8, 3.2 * len(panels))
-        for place, (title, panel) in enumerate(panels.items(), 1):
-            axis = canvas.add_subplot(len(panels), 1, place)
-            for name, points in panel["curves"].items():
-                x, y, *ends = (np.array(column, float) for column in zip(*points))
-                spread = (y - ends[0], ends[1] - y) if ends else None
-                axis.errorbar(x, y, spread, label=name, marker="o", markersize=4, capsize=2)
-            if panel.get("log"):
-                axis.set_xscale("log", base=2)
-            axis.set(title=title, xlabel=panel["x"], ylabel="accuracy")
-            axis.grid(alpha=0.3)
-            if len(panel["curves"]) > 1:
-                axis.legend(fontsize=8, ncols=2)
-
-    return draw
+    canvas.set_size_inches(8, 3.2 * len(panels))
+    for place, (title, panel) in enumerate(panels.items(), 1):
+        axis = canvas.add_subplot(len(panels), 1, place)
+        for name, points in panel["curves"].items():
+            x, y, *ends = (np.array(column, float) for column in zip(*points))
+            spread = (y - ends[0], ends[1] - y) if ends else None
+            axis.errorbar(x, y, spread, label=name, marker="o", markersize=4, capsize=2)
+        if panel.get("log"):
+            axis.set_xscale("log", base=2)
+        axis.set(title=title, xlabel=panel["x"], ylabel="accuracy")
+        axis.grid(alpha=0.3)
+        if len(panel["curves"]) > 1:
+            axis.legend(fontsize=8, ncols=2)
 
 
 def records_of(path):
@@ -289,26 +249,24 @@ def graded(records):
     that occurs twice has two keys. Rankings by several strategies match by strategy too.
     """
     kind = "ranking" if any(record["kind"] == "ranking" for record in records) else "pair"
+    truth = {"ranking": "truth", "pair": "label"}[kind]
+    records = [r for r in records if r["kind"] == kind and r.get(truth) is not None]
     several = len({record["meta"].get("strategy") for record in records}) > 1
-    found = {}
+    found, copies = {}, Counter()
     for record in records:
-        ranked = kind == "ranking"
-        known = record.get("truth") if ranked else record.get("label")
-        if record["kind"] != kind or known is None:
-            continue
-        if ranked:
-            shown, credit = record["responses"], float(known[record["champion"]])
+        known = record[truth]
+        if kind == "ranking":
+            texts, credit = record["responses"], float(known[record["champion"]])
             right = credit > 0.5
         else:
             votes = [vote["vote"] for vote in record["votes"]]
-            shown, right = (record["a"], record["b"]), record["outcome"] == "right"
+            texts, right = (record["a"], record["b"]), record["outcome"] == "right"
             credit = votes.count(known) / len(votes) if votes else 0.0
         query = json.dumps(record["query"])
         strategy = record["meta"].get("strategy") if several else None
-        key, copy = (query, strategy, *sorted(shown)), 0
-        while (key, copy) in found:
-            copy += 1
-        found[key, copy] = (credit, right, query, strategy or record.get("source", ""))
+        key = (query, strategy, *sorted(texts))
+        copies[key] += 1
+        found[key, copies[key]] = (credit, right, query, strategy or record.get("source", ""))
     return found
 
 
@@ -327,16 +285,16 @@ def compare(first, second):
     rows = {}
     for name, members in {**groups, "all": set(sources)}.items():
         keys = [key for key in shared if one[key][3] in members]
-        a, b = [one[key] for key in keys], [other[key] for key in keys]
-        queries = [query for _, _, query, _ in a]
-        gained = [y[0] - x[0] for x, y in zip(a, b)]
+        sides = ([side[key] for key in keys] for side in (one, other))
+        (a, a_right, queries, _), (b, b_right, *_) = (zip(*side) for side in sides)
+        gained = [y - x for x, y in zip(a, b)]
         rows[name] = {
             "pairs": len(keys),
-            "first": statistics.mean([x[0] for x in a]),
-            "second": statistics.mean([y[0] for y in b]),
+            "first": statistics.mean(a),
+            "second": statistics.mean(b),
             "difference": statistics.mean(gained),
             "difference_interval": statistics.bootstrap(gained, queries, lowest=-1),
-            "mcnemar": statistics.mcnemar([x[1] for x in a], [y[1] for y in b]),
+            "mcnemar": statistics.mcnemar(a_right, b_right),
             "sign_flip": statistics.sign_flip(gained, queries),
         }
     left = {"only in the first": len(one) - len(shared)}
@@ -346,8 +304,7 @@ def compare(first, second):
 def comparison(rows, left):
     """Lines of a comparison: what `compare` returns."""
     width = max(map(len, rows))
-    head = f"{'':{width}}  pairs   first  second  {'difference [95%]':26s}  McNemar p  sign-flip p"
-    yield head
+    yield f"{'':{width}}  pairs   first  second  {'difference [95%]':26s}  McNemar p  sign-flip p"
     for name, r in rows.items():
         low, high = r["difference_interval"]
         difference = f"{r['difference']:+7.1%} [{low:+7.1%}, {high:+7.1%}]"
@@ -360,11 +317,9 @@ def comparison(rows, left):
 
 def over_queries(values, queries, play=None, weights=None):
     """A row of a table over queries: mean and interval of the values that are not None."""
-    n = sum(
-        value is not None and (not weights or w > 0) for value, w in zip(values, weights or values)
-    )
+    weighed = zip(values, weights or [1.0] * len(values))
     return {
-        "queries": n,
+        "queries": sum(value is not None and weight > 0 for value, weight in weighed),
         "accuracy": statistics.mean(values, weights),
         "accuracy_interval": statistics.bootstrap(values, queries, weights),
         "matches": play.counts["matches"] / len(values) if play else None,
@@ -373,13 +328,10 @@ def over_queries(values, queries, play=None, weights=None):
 
 def chosen(rankings, played):
     """Rows of what strategies {name: (ranked, play)} chose, among what needs no judge."""
-    queries = [str(ranking.query) for ranking in rankings]
-    rows = {
-        name: over_queries([choose(name, ranking) for ranking in rankings], queries)
-        for name in ("one sample", "majority", "best possible")
-    }
-    best = rows.pop("best possible")
-    for name, (ranked, play) in played.items():
+    nobody = [None] * len(rankings), None
+    ways = {"one sample": nobody, "majority": nobody, **played, "best possible": nobody}
+    queries, rows = [str(ranking.query) for ranking in rankings], {}
+    for name, (ranked, play) in ways.items():
         truth = [choose(name, *one) for one in zip(rankings, ranked)]
         rows[name] = over_queries(truth, queries, play)
-    return {**rows, "best possible": best}
+    return rows

@@ -63,12 +63,11 @@ def difficulty(item):
 def panel(points, items, label, seed):
     """{x: a value per item} -> a panel of curves, one per difficulty and one over all."""
     kinds = [difficulty(item) for item in items]
-    names = sorted(set(kinds), key=lambda kind: (isinstance(kind, str), kind))
-    groups = {f"{name} terms" if isinstance(name, int) else name: name for name in names}
-    groups = {
-        label: {i for i, k in enumerate(kinds) if k == name} for label, name in groups.items()
-    }
-    groups = {**(groups if len(names) > 1 else {}), "all": set(range(len(items)))}
+    groups = {}
+    for kind in sorted(set(kinds), key=lambda kind: (isinstance(kind, str), kind)):
+        name = f"{kind} terms" if isinstance(kind, int) else kind
+        groups[name] = [i for i, k in enumerate(kinds) if k == kind]
+    groups = {**(groups if len(groups) > 1 else {}), "all": range(len(items))}
     curves = {}
     for name, members in groups.items():
         queries = [str(items[i].query) for i in members]

@@ -20,7 +20,7 @@ def correlation(x, y):
 def difference(a, b):
     """Scores on the same queries -> [mean of a - b, low, high], the 95% interval a normal one.
 
-    Where all differences are the same it is `metrics.unvaried`'s, as they show no spread.
+    Where all differences are the same it is `unvaried`'s, as they show no spread.
 
     >>> [round(x, 3) for x in difference([1, 1, 0, 1], [0, 1, 0, 0])]
     [0.5, -0.066, 1.066]
@@ -53,9 +53,8 @@ def wilson(successes, n, z=1.96):
 def unvaried(value, n, lowest=0):
     """95% interval of a mean of which n independent values, all the same, were seen: (low, high).
 
-    Of shares (lowest 0): Wilson's, as none of that mean varies more than right and wrong do. Of
-    differences (lowest -1): the rule of three. At 95%, at most 1 - 0.05**(1 / n), about 3 / n, of
-    all values differ from those seen, each by what the bounds leave.
+    Shares (lowest 0): Wilson's, as none varies more than right and wrong do. Differences (lowest
+    -1): at 95%, at most 1 - 0.05**(1 / n), about 3 / n, of all values differ from those seen.
 
     >>> [round(x, 3) for x in unvaried(0, 100, lowest=-1)]  # 3 of a hundred, all up or all down
     [-0.03, 0.03]
@@ -70,9 +69,8 @@ def bootstrap(values, clusters=None, weights=None, seed=0, samples=2000, lowest=
     """95% percentile interval of a (weighted) mean, by resampling clusters: (low, high).
 
     values [N], None left out; clusters [N]: what is drawn together, such as the query of a pair
-    (default, and where all share one: each value alone); weights [N]; lowest: the least a value can
-    be, 0 of shares and -1 of differences (the most is 1). Where all clusters have the same mean
-    every resample is the same, and `unvaried` over the clusters stands in.
+    (default, and where all share one: each value alone); weights [N]; lowest: of shares 0, of
+    differences -1. Where all clusters have the same mean, `unvaried` over them stands in.
 
     >>> low, high = bootstrap([0, 1] * 200)
     >>> 0.44 < low < 0.46 and 0.54 < high < 0.56  # 0.5 -+ 1.96 * 0.5 / sqrt(400)
@@ -100,15 +98,14 @@ def bootstrap(values, clusters=None, weights=None, seed=0, samples=2000, lowest=
 
 def _weighted(values, clusters, weights):
     """Values that count as an array, their clusters as 0, 1, 2..., and weights."""
-    kept = [i for i, value in enumerate(values) if value is not None]
-    if weights is not None:
-        kept = [i for i in kept if weights[i] > 0]
-    numbers = {}
-    names = kept if clusters is None else [clusters[i] for i in kept]
+    clusters = range(len(values)) if clusters is None else clusters
+    weights = [1.0] * len(values) if weights is None else weights
+    rows = [row for row in zip(values, clusters, weights) if row[0] is not None and row[2] > 0]
+    numbers = {name: n for n, name in enumerate(dict.fromkeys(name for _, name, _ in rows))}
     return (
-        np.array([values[i] for i in kept], float),
-        np.array([numbers.setdefault(name, len(numbers)) for name in names], int),
-        np.ones(len(kept)) if weights is None else np.array([weights[i] for i in kept], float),
+        np.array([value for value, _, _ in rows], float),
+        np.array([numbers[name] for _, name, _ in rows], int),
+        np.array([weight for _, _, weight in rows], float),
     )
 
 
@@ -131,9 +128,9 @@ def classification(truth, predicted, classes=(1, 2)):
     for c in classes:
         hit = sum(t == p == c for t, p in zip(truth, predicted))
         named, there = list(predicted).count(c), list(truth).count(c)
-        precision, recall = hit / named if named else 0.0, hit / there if there else 0.0
-        both = precision + recall
-        scores.append((precision, recall, 2 * precision * recall / both if both else 0.0))
+        precision, recall = hit / (named or 1), hit / (there or 1)
+        f1 = 2 * precision * recall / (precision + recall or 1)
+        scores.append((precision, recall, f1))
     means = [sum(column) / len(classes) for column in zip(*scores)]
     return dict(zip(("precision", "recall", "f1"), means))
 

@@ -1,16 +1,15 @@
 """Tournaments decided by a judge: matches become pairs, verdicts winners, and all is counted.
 
-A match without a winner (votes tied, none readable, or the pair can't be judged) is a draw where
+A match without a winner (votes tied, none valid, or the pair can't be judged) is a draw where
 the format has draws; where it needs a winner it gets one more round of votes, then a seeded coin.
 """
 
 import random
 from collections import Counter
-from dataclasses import fields, replace
 
 from nanorrm.rank.rating import win_rate
 from nanorrm.rank.tournament import anchors, run_tournaments
-from nanorrm.records import Pair, flip
+from nanorrm.records import Pair
 
 
 class JudgedPlay:
@@ -55,10 +54,7 @@ class JudgedPlay:
         """What the judge said of a match, votes of 1 being for a; None if it was not asked."""
         key = self._key(index, a, b)
         heard = self.heard.get(key)
-        if heard and key[1] != self.responses[index][a]:
-            votes = [flip(vote) for vote in heard.votes]
-            return replace(heard, votes=votes, swapped=[not s for s in heard.swapped])
-        return heard
+        return heard.flipped() if heard and key[1] != self.responses[index][a] else heard
 
     def _key(self, index, a, b):
         """What a match asks; in both orders it does not matter who is a."""
@@ -72,18 +68,13 @@ class JudgedPlay:
         if not new:
             return
         self.heard.update(zip(new, self.judge.compare(list(new.values()), **self.how)))
-        if not self.draws:
-            open_pairs = {
-                key: pair
-                for key, pair in new.items()
-                if self.heard[key].winner is None and not self.heard[key].skipped
-            }
-            if open_pairs:
-                seed = fresh_seed(self.judge.seed, "once more")
-                more = self.judge.compare(list(open_pairs.values()), seed=seed, **self.how)
-                for key, verdict in zip(open_pairs, more):
-                    self.heard[key] = together(self.heard[key], verdict)
-                self.counts["again"] += len(open_pairs)
+        said = {} if self.draws else {key: self.heard[key] for key in new}
+        tied = [key for key, v in said.items() if v.winner is None and not v.skipped]
+        if tied:
+            seed, pairs = fresh_seed(self.judge.seed, "once more"), [new[key] for key in tied]
+            for key, more in zip(tied, self.judge.compare(pairs, seed=seed, **self.how)):
+                self.heard[key] += more
+            self.counts["again"] += len(tied)
         for key in new:
             verdict = self.heard[key]
             self.counts["skipped"] += bool(verdict.skipped)
@@ -122,13 +113,3 @@ def single_scores(judge, queries, responses, references, votes=1, both_orders=Tr
 def fresh_seed(seed, label):
     """A seed for further votes: the same for the same label, else unrelated, in 31 bits."""
     return random.Random(f"{seed}:{label}").getrandbits(31)
-
-
-def together(verdict, more):
-    """One Verdict of two on the same pair: votes and costs add up, the rest is the first one's."""
-    summed = {
-        field.name: getattr(verdict, field.name) + getattr(more, field.name)
-        for field in fields(verdict)
-        if isinstance(getattr(verdict, field.name), list | Counter | int | float)
-    }
-    return replace(verdict, **summed)

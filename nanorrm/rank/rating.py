@@ -2,7 +2,7 @@
 
 A match is a tuple that ends in (a, b, winner), as tournaments record them: winner is a, b, or None
 for a draw, which is half a win for each everywhere. A match that no verdict decided (votes tied, or
-none readable) is a draw; `referee.Referee` counts those. All raters are rater(n, matches) -> list
+none valid) is a draw; `referee.Referee` counts those. All raters are rater(n, matches) -> list
 of n numbers, more is better.
 """
 
@@ -57,10 +57,9 @@ def win_rate(n, matches):
     """
     won, played = [0.0] * n, [0] * n
     for a, b, share in scored(n, matches):
-        won[a] += share
-        won[b] += 1 - share
-        played[a] += 1
-        played[b] += 1
+        for side, part in ((a, share), (b, 1 - share)):
+            won[side] += part
+            played[side] += 1
     return [w / p if p else 0.5 for w, p in zip(won, played)]
 
 
@@ -96,14 +95,14 @@ def bradley_terry(n, matches, prior=1.0):
     >>> [round(s, 4) for s in bradley_terry(2, [(0, 1, 0)] * 3 + [(0, 1, 1)], prior=0)]
     [0.5493, -0.5493]
     """
-    wins = win_matrix(n, matches, prior)
-    s = np.zeros(n)
+    wins, s = win_matrix(n, matches, prior), np.zeros(n)
+    free = 0.0 if prior else 1 / n  # without a prior nothing else pins their mean
     enough = 1e-12 * max(1.0, wins.sum())
     for _ in range(100):
         gradient, curvature = derivatives(wins, s, prior)
         if np.abs(gradient).max(initial=0) <= enough:
             return s.tolist()
-        step = np.linalg.solve(curvature + free_direction(n, prior), gradient)
+        step = np.linalg.solve(curvature + free, gradient)
         now, rise, t = log_posterior(wins, s, prior), gradient @ step, 1.0
         while log_posterior(wins, s + t * step, prior) < now + 1e-4 * t * rise - 1e-12 * abs(now):
             t /= 2
@@ -119,7 +118,7 @@ def standard_errors(n, matches, ratings, prior=1.0):
     """
     wins = win_matrix(n, matches, prior)
     _, curvature = derivatives(wins, np.asarray(ratings, float), prior)
-    free = free_direction(n, prior)
+    free = 0.0 if prior else 1 / n
     return np.sqrt(np.diag(np.linalg.inv(curvature + free) - free)).tolist()
 
 
@@ -142,11 +141,6 @@ def win_matrix(n, matches, prior):
                 "optimum, give a prior above 0"
             )
     return wins
-
-
-def free_direction(n, prior):
-    """[n, n] what pins the direction that moves all strengths together, free without a prior."""
-    return np.zeros((n, n)) if prior else np.full((n, n), 1 / n)
 
 
 def log_posterior(wins, s, prior):

@@ -6,7 +6,6 @@ from random import Random
 
 from nanorrm import ranks
 from nanorrm.config import UserError
-from nanorrm.judge.backends import EngineBackend
 from nanorrm.judge.open import open_judge
 from nanorrm.rank.play import JudgedPlay
 from nanorrm.rank.tournament import round_robin, run_tournaments
@@ -20,21 +19,12 @@ class Referee:
     """
 
     def __init__(
-        self,
-        judge,
-        votes=1,
-        both_orders=False,
-        max_think_tokens=None,
-        release=False,
+        self, judge, votes=1, both_orders=False, max_think_tokens=None, release=False,
         everywhere=True,
-    ):
-        self.judge, self.release = judge, release
-        self.how = {
-            "votes": votes,
-            "both_orders": both_orders,
-            "max_think_tokens": max_think_tokens,
-        }
-        self.everywhere = everywhere
+    ):  # fmt: skip
+        self.judge, self.release, self.everywhere = judge, release, everywhere
+        self.how = {"votes": votes, "both_orders": both_orders}
+        self.how["max_think_tokens"] = max_think_tokens
         self.counts = Counter()
 
     def play(self, queries, texts, tournaments, draws=True, seed=0):
@@ -70,15 +60,15 @@ class Referee:
 
         comparisons: pairs it was asked about; identical_ratio: matches of equal texts, which are
         drawn without asking; undecided_ratio: of the others, those without a winner (votes tied or
-        unreadable, pairs skipped); invalid_ratio: votes that can't be read.
+        invalid, pairs skipped); invalid_ratio: of the votes.
         """
         c, self.counts = self.counts, Counter()
-        without = c["draws"] + c["coins"] - c["identical"]
+        different = max(1, c["matches"] - c["identical"])
         return {
             "judge/comparisons": c["asked"],
             "judge/skipped": c["skipped"],
             "judge/identical_ratio": c["identical"] / max(1, c["matches"]),
-            "judge/undecided_ratio": without / max(1, c["matches"] - c["identical"]),
+            "judge/undecided_ratio": (c["draws"] + c["coins"] - c["identical"]) / different,
             "judge/invalid_ratio": c["invalid"] / max(1, c["votes"]),
             "judge/tokens": c["tokens"],
             "judge/seconds": c["seconds"],
@@ -87,12 +77,10 @@ class Referee:
 
 def open_referee(cfg):
     """The Referee of a PolicyRunConfig's judge, an engine's work shared by all ranks."""
-    judge = open_judge(cfg.judge)
-    here = isinstance(judge.backend, EngineBackend)
-    if ranks.world_size() > 1 and here:
-        judge.backend = EngineBackend(ranks.RankSharedEngine(judge.backend.engine))
+    judge = open_judge(cfg.judge, shared=True)
     if cfg.release_cache:
         judge.backend.sleep()
-    how = cfg.judge
-    budget = how.max_think_tokens
-    return Referee(judge, how.votes, how.both_orders, budget, cfg.release_cache, everywhere=here)
+    votes, both_orders, budget = cfg.judge.votes, cfg.judge.both_orders, cfg.judge.max_think_tokens
+    return Referee(
+        judge, votes, both_orders, budget, cfg.release_cache, everywhere=not cfg.judge.endpoint
+    )

@@ -9,13 +9,13 @@ from collections import Counter
 from math import ceil, log
 
 from nanorrm.config import UserError
-from nanorrm.rank.play import fresh_seed, together
+from nanorrm.rank.play import fresh_seed
 
 
 class Curtailed:
     """Stop once the votes that are left can't change the winner: exactly the full vote's outcome.
 
-    Unreadable votes count as cast. Of 9 votes 5 come first, and they suffice if they all agree:
+    Invalid votes count as cast. Of 9 votes 5 come first, and they suffice if they all agree:
 
     >>> [Curtailed().needed(*votes) for votes in [(0, 0, 9), (5, 0, 4), (4, 1, 4), (2, 2, 5)]]
     [5, 0, 1, 3]
@@ -81,7 +81,7 @@ class AdaptiveJudge:
             cast += more
             left = (votes - cast) * orders
             for i, answer in zip(list(needed), answers):
-                verdicts[i] = together(verdicts[i], answer) if verdicts[i] else answer
+                verdicts[i] = verdicts[i] + answer if verdicts[i] else answer
                 said = verdicts[i].votes
                 needed[i] = self.rule.needed(said.count(1), said.count(2), left)
                 if not needed[i] or not answer.votes:  # settled, or it can't be judged

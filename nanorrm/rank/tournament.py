@@ -8,7 +8,7 @@ here any number enters. Pure bookkeeping: what an entrant is, only `play` knows.
 
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import chain, combinations
 
 from nanorrm.config import UserError
 
@@ -20,6 +20,11 @@ class Result:
     champion: int | None = None  # None: several lead, and there was no rng to draw lots
     matches: list[tuple] = field(default_factory=list)  # (round from 1, a, b, winner or None)
     rounds: int = 0
+
+    def by_round(self):
+        """The matches of each round: [[(a, b, winner or None), ...], ...]."""
+        rounds = range(1, self.rounds + 1)
+        return [[tuple(match) for at, *match in self.matches if at == n] for n in rounds]
 
 
 def run_tournaments(tournaments, play):
@@ -140,7 +145,7 @@ def one_round(n, matches, rng):
     points = [0.0] * n
     if matches:
         award(points, matches, (yield matches))
-        played = Counter(side for pair in matches for side in pair)
+        played = Counter(chain.from_iterable(matches))
         points = [won / played[i] for i, won in enumerate(points)]
     return leader(points, rng)
 
@@ -221,9 +226,7 @@ def award(points, matches, winners):
 def leader(points, rng):
     """Index of the most points; several have them: one by lot, None without an rng."""
     best = [i for i, p in enumerate(points) if p == max(points)]
-    if len(best) == 1:
-        return best[0]
-    return rng.choice(best) if rng else None
+    return best[0] if len(best) == 1 else rng.choice(best) if rng else None
 
 
 def enough(number, low, what):

@@ -8,31 +8,19 @@ import torch
 import torch.nn.functional as F
 
 from nanorrm import ranks
-from nanorrm.config import UserError, one_of
+from nanorrm.config import UserError
 from nanorrm.train import packing
 
-KINDS = ("sigmoid", "ipo")
 
-
-def dpo_loss(
-    policy_chosen,
-    policy_rejected,
-    ref_chosen,
-    ref_rejected,
-    beta,
-    label_smoothing=0.0,
-    kind="sigmoid",
-):
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing=0.0):
     """Losses of B pairs, to be averaged, and the rewards they compare: each [B], rewards detached.
 
     The four inputs [B] are log-probs of whole responses in nats, summed over their tokens, under
-    the policy (with gradient) and under the frozen reference. With log-ratios policy - reference,
-    h = chosen - rejected of them, and rewards of beta * log-ratio:
-    "sigmoid": -log sigmoid(beta h), or with label_smoothing e, the chance that a label is wrong,
-    -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h) (conservative DPO);
-    "ipo": (h - 1 / (2 beta))^2, which is content with a margin (arXiv 2310.12036, eq. 17); TRL
-    gives it means over each response's tokens instead of sums, on its authors' word: so should you.
-    Raises UserError for settings that make no sense.
+    the policy (with gradient) and under the frozen reference. With log-ratios policy - reference
+    and h the chosen's less the rejected's, rewards are beta * log-ratio and the loss is
+    -log sigmoid(beta h), or with label_smoothing e, the chance that a label is wrong,
+    -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h) (conservative DPO). Raises UserError for
+    settings that make no sense.
 
     >>> import torch
     >>> one = torch.tensor([-10.0])  # the policy has come to find the chosen response e^2 times
@@ -40,7 +28,6 @@ def dpo_loss(
     >>> loss, chosen - rejected  # the rejected one 1/e times: -log sigmoid(0.5 * 3)
     (tensor([0.2014]), tensor([1.5000]))
     """
-    one_of("kind", kind, KINDS)
     if not beta > 0:
         raise UserError(f"beta = {beta} should be above 0")
     if not 0 <= label_smoothing < 0.5:
@@ -48,16 +35,10 @@ def dpo_loss(
             f"label_smoothing = {label_smoothing} should be from 0 to below 0.5: "
             "it is the share of labels that are wrong"
         )
-    if kind == "ipo" and label_smoothing:
-        raise UserError("label_smoothing is the sigmoid loss's: set it to 0 for kind = 'ipo'")
-    chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
-    h = chosen - rejected
-    if kind == "ipo":
-        loss = (h - 1 / (2 * beta)).square()
-    else:
-        right, flipped = F.logsigmoid(beta * h), F.logsigmoid(-beta * h)
-        loss = -(1 - label_smoothing) * right - label_smoothing * flipped
-    return loss, beta * chosen.detach(), beta * rejected.detach()
+    won, lost = chosen - ref_chosen, rejected - ref_rejected
+    h = beta * (won - lost)
+    loss = -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
+    return loss, beta * won.detach(), beta * lost.detach()
 
 
 def reference_logprobs(trainer, preferences):
@@ -89,28 +70,29 @@ def preference_update(trainer, step, preferences, cfg):
         for sample in item.samples():  # adds up to the pair's share of the batch, 0 if idle
             share = 1 / len(preferences) / len(sample.target)
             sample.values["share"] = [share] * len(sample.target)
-    plan = trainer.batches(preferences)
-    for batch in plan:
-        batch.values["sequence"] = batch.sequences()
+    for batch in trainer.batches(preferences):
+        logp, _ = trainer.logprobs(batch)  # [N]
+        trainer.backward(*batch_loss(logp, batch, cfg))
+    return trainer.step(step)
 
-    def part(values, logp, entropy):
-        own = values["trained"]  # 0 for what the engine wrote itself
-        columns = torch.stack([logp * own, values["ref_logp"] * own, values["share"]], 1)  # [N, 3]
-        size = int(values["sequence"][-1]) + 1
-        sums = columns.new_zeros(size, 3).index_add(0, values["sequence"], columns)
-        (chosen, ref_chosen, share), (rejected, ref_rejected, _) = sums[0::2].T, sums[1::2].T
-        losses, won, lost = dpo_loss(
-            chosen, rejected, ref_chosen, ref_rejected, cfg.beta, cfg.label_smoothing
-        )
-        shown = {
-            "rewards/chosen": won,
-            "rewards/rejected": lost,
-            "rewards/margins": won - lost,
-            "rewards/accuracies": won > lost,
-            "logps/chosen": chosen.detach(),
-            "logps/rejected": rejected.detach(),
-        }
-        means = {name: (value * share.detach()).sum() for name, value in shown.items()}
-        return (losses * share).sum(), means
 
-    return trainer.step(plan, part, trainer.rate(step))
+def batch_loss(logp, batch, cfg):
+    """A micro-batch's part of DPO's loss, logp [N], and of the metrics: means over the pairs."""
+    own, of = batch.values["trained"], batch.sequences()  # own: 0 for what the engine wrote itself
+    columns = (logp * own, batch.values["ref_logp"] * own, batch.values["share"])
+    columns = torch.stack(columns, 1)  # [N, 3]
+    sums = columns.new_zeros(len(batch.cu_seqlens) - 1, 3).index_add(0, of, columns)
+    (chosen, ref_chosen, share), (rejected, ref_rejected, _) = sums[0::2].T, sums[1::2].T
+    losses, won, lost = dpo_loss(
+        chosen, rejected, ref_chosen, ref_rejected, cfg.beta, cfg.label_smoothing
+    )
+    shown = {
+        "rewards/chosen": won,
+        "rewards/rejected": lost,
+        "rewards/margins": won - lost,
+        "rewards/accuracies": won > lost,
+        "logps/chosen": chosen.detach(),
+        "logps/rejected": rejected.detach(),
+    }
+    means = {name: (value * share.detach()).sum() for name, value in shown.items()}
+    return (losses * share).sum(), means

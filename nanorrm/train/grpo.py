@@ -50,19 +50,6 @@ def informative(rewards):
     return (rewards != rewards[:, :1]).any(1)
 
 
-def overlong_penalty(lengths, max_tokens, buffer):
-    """Added to the reward of long completions (DAPO, eq. 13). lengths, any shape -> the same shape.
-
-    0 up to max_tokens - buffer, then linearly down to -1 at max_tokens. Lengths in tokens.
-
-    >>> overlong_penalty(torch.tensor([50, 80, 90, 100]), max_tokens=100, buffer=20)
-    tensor([ 0.0000,  0.0000, -0.5000, -1.0000])
-    """
-    if not 0 < buffer <= max_tokens:
-        raise UserError(f"buffer = {buffer} should be from 1 to max_tokens = {max_tokens}")
-    return ((max_tokens - buffer - lengths) / buffer).clamp(-1, 0)
-
-
 def token_weights(mask, lengths, aggregation="token", max_tokens=None, truncated=None):
     """What each token counts in the loss. mask [N], of B sequences one behind another -> [N].
 
@@ -131,6 +118,19 @@ def importance_weights(log_ratio, cfg):
     if cfg.importance == "mask":
         return ratio.masked_fill(outside, 0.0), outside
     return torch.ones_like(ratio), torch.zeros_like(outside)
+
+
+def batch_loss(logp, entropy, values, cfg):
+    """`policy_loss` of a micro-batch, and its sums with the entropy's.
+
+    logp, entropy [N] of the current weights; values: packing.Batch's, under the names of
+    policy_loss's parameters. Without old_logp these are the weights that the update began with.
+    """
+    v, old_logp = values, values.get("old_logp", logp.detach())
+    loss, sums = policy_loss(
+        logp, old_logp, v["rollout_logp"], v["adv"], v["weight"], cfg, v.get("ref_logp")
+    )
+    return loss, {**sums, "entropy": entropy.detach()[values["weight"] != 0].sum()}
 
 
 def policy_loss(logp, old_logp, rollout_logp, adv, weight, cfg, ref_logp=None):

@@ -7,6 +7,17 @@ from nanorrm.engine.engine import Engine
 from nanorrm.model.hf_folder import fill, resolve_model
 from nanorrm.model.tokenizer import Tokenizer
 from nanorrm.model.transformer import Transformer
+from nanorrm.train.trainer import Trainer
+
+
+def open_trainer(cfg):
+    """(Trainer, the Engine that samples from its model) of a RolloutConfig, on the GPU if any."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    trainer = Trainer(open_weights(cfg.model, cfg, device), cfg)
+    engine = open_engine(cfg, trainer.model, device)
+    if cfg.release_cache:
+        engine.sleep()
+    return trainer, engine
 
 
 def open_weights(name, cfg, device, train=True):

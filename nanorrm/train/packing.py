@@ -12,11 +12,11 @@ import torch
 
 @dataclass
 class Sample:
-    """One sequence; `values` hold one number per target token for each name."""
+    """One sequence; `values` hold a number per target token for each name, as lists or tensors."""
 
     context: list[int]
     target: list[int]
-    values: dict[str, list[float]]
+    values: dict
 
     def __len__(self):
         return len(self.context) + len(self.target) - 1  # the last token predicts nothing
@@ -110,15 +110,12 @@ def join(items, device="cpu"):
         targets += sample.target
         bounds.append(len(ids))
         for name, numbers in sample.values.items():
-            values[name] += numbers
-
-    def tensor(numbers, dtype=torch.long):
-        return torch.tensor(numbers, dtype=dtype, device=device)
-
+            values[name].append(torch.as_tensor(numbers, dtype=torch.float32))
+    whole = {"ids": ids, "cu_seqlens": bounds, "rows": rows, "targets": targets}
     return Batch(
-        ids=tensor(ids),
-        cu_seqlens=tensor(bounds),
-        rows=tensor(rows),
-        targets=tensor(targets),
-        values={name: tensor(numbers, torch.float32) for name, numbers in values.items()},
+        **{
+            name: torch.tensor(numbers, dtype=torch.long, device=device)
+            for name, numbers in whole.items()
+        },
+        values={name: torch.cat(parts).to(device) for name, parts in values.items()},
     )

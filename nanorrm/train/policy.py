@@ -29,11 +29,8 @@ class Policy:
         release=False,
     ):
         self.backend, self.keep_tokens, self.release = backend, keep_tokens, release
-        self.decoding = {
-            "temperature": temperature,
-            "max_tokens": max_tokens,
-            "max_think_tokens": max_think_tokens,
-        }
+        self.decoding = {"temperature": temperature, "max_tokens": max_tokens}
+        self.decoding["max_think_tokens"] = max_think_tokens
 
     def prompt(self, query):
         """Prompt ids of a query (text or messages): the toy's, or the chat template's."""
@@ -75,9 +72,9 @@ def last_tokens(tokenizer, text, n):
     return tokenizer.decode(ids[-n:]) if len(ids) > n else text
 
 
-def open_policy(cfg, engine):
-    """The Policy of a PolicyRunConfig, its work shared by all ranks."""
-    return Policy(
+def open_policy(cfg, engine, kind=Policy):
+    """The Policy of a PolicyRunConfig, its work shared by all ranks. kind: Policy or a child."""
+    return kind(
         ranks.RankSharedEngine(engine),
         cfg.temperature,
         cfg.max_tokens,

@@ -26,10 +26,8 @@ def sampled(policy, queries, seed):
     drawn = []
     for query, question, group in zip(queries, questions, groups):
         answers = [policy.answer(question, response) for response in group]
-        both = [
-            Sample(question, list(r.ids), {"trained": [float(not forced) for forced in r.forced]})
-            for r in group
-        ]
+        trained = [[float(not forced) for forced in response.forced] for response in group]
+        both = [Sample(question, r.ids, {"trained": own}) for r, own in zip(group, trained)]
         drawn.append((Pair(query.text, *answers), Preference(*both)))
     return drawn
 

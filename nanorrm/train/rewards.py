@@ -53,11 +53,10 @@ def judged_rewards(referee, queries, answers, rating, opponents, seed):
     answers [P][G] texts; rating: see rewards.group_rewards; opponents: how many of its group each
     response plays, drawn by lot, as is the order in which two are shown.
     """
-    rng, n = Random(f"contest:{seed}"), len(answers[0])
-    if rating == "knockout":
-        tournaments = [knockout(n, rng) for _ in queries]
-    else:
-        tournaments = [random_opponents(n, opponents, rng) for _ in queries]
+    rng, n, out = Random(f"contest:{seed}"), len(answers[0]), rating == "knockout"
+    tournaments = [
+        knockout(n, rng) if out else random_opponents(n, opponents, rng) for _ in queries
+    ]
     texts = [query.text for query in queries]
-    results = referee.play(texts, answers, tournaments, rating != "knockout", seed)
+    results = referee.play(texts, answers, tournaments, draws=not out, seed=seed)
     return [group_rewards(n, result.matches, rating) for result in results]

@@ -1,17 +1,51 @@
-"""Responses to one query compete and a judge decides: rewards, labels, and the best of several.
+"""How a run is watched: a judge by held-out pairs, a policy by held-out queries and the best of N.
 
-A judge that compares pairs becomes a reward in three steps: who meets whom (`tournament`), what the
-judge says of each match (`Referee`), and what the matches make of each response (`rewards`). The
-same referee labels pairs for DPO and picks the best of N.
+What is held out never changes within a run, nor do its seeds: a curve shows training alone.
 """
 
-from collections import Counter
-from random import Random
+import textwrap
 
 from nanorrm.judge.verdict import NO_ANSWER
+from nanorrm.measure import metrics
+from nanorrm.measure.patterns import patterns
 from nanorrm.measure.statistics import difference, wilson
-from nanorrm.rank.tournament import knockout
+from nanorrm.rank.bestof import best_of
+from nanorrm.records import Ranking
 from nanorrm.train.curves import accuracy
+
+# -- a judge
+
+
+def evaluate(judge, pairs, budget=None):
+    """Accuracy on held-out pairs, in all and by difficulty, and the patterns of their thinking."""
+    if not pairs:
+        return {}
+    verdicts = judge.compare(pairs, both_orders=False, max_think_tokens=budget)
+    stats = {"eval/accuracy": metrics.summarize(pairs, verdicts)["accuracy"]}
+    for terms in sorted({pair.meta["terms"] for pair in pairs if "terms" in pair.meta}):
+        chosen = [(p, v) for p, v in zip(pairs, verdicts) if p.meta.get("terms") == terms]
+        stats[f"eval/accuracy_{terms}_terms"] = metrics.summarize(*zip(*chosen))["accuracy"]
+    shares = patterns([thought for verdict in verdicts for thought in verdict.thoughts])
+    return stats | {f"eval/patterns_{group}": share for group, share in shares.items()}
+
+
+def show(judge, pairs, budget=None):
+    """[(thought, verdict), ...] of pairs, by one vote each in the given order: the examples."""
+    verdicts = judge.compare(pairs, both_orders=False, max_think_tokens=budget)
+    return [(v.thoughts[0] if v.thoughts else "", v.winner) for v in verdicts]
+
+
+def examples(pairs, before, after):
+    """Held-out pairs with the thinking before and after training, as lines of text."""
+    for pair, *answers in zip(pairs, before, after):
+        query, a, b = (textwrap.shorten(str(text), 200) for text in (pair.query, pair.a, pair.b))
+        yield f"\n{query!r}  1: {a!r}  2: {b!r}  (right: {pair.label})"
+        for when, (thought, winner) in zip(("before", "after"), answers):
+            mark = "right" if winner == pair.label else "wrong"
+            yield f"  {when:6s} thinks {textwrap.shorten(thought, 400)!r}, says {winner} ({mark})"
+
+
+# -- a policy
 
 ANCHOR_SEED, EVAL_SEED = 2**32, 2**32 + 1  # of held-out responses, always the same; apart
 
@@ -57,7 +91,7 @@ class HeldOut:
 
     def _best_of(self):
         cfg = self.cfg
-        return best_of(self.policy, self.referee, self.queries, cfg.best_of, cfg.seed)
+        return best_of_n(self.policy, self.referee, self.queries, cfg.best_of, cfg.seed)
 
 
 def respond(policy, queries, n=1, seed=0):
@@ -66,41 +100,17 @@ def respond(policy, queries, n=1, seed=0):
     return groups, policy.answers(questions, groups)
 
 
-# -- the best of N
-
-
-def best_of(policy, referee, queries, n, seed=0):
-    """n responses to each query whose truth is known, and four ways to end with one of them.
-
-    Returns {way: [right or not, a number per query]}: "one" sample (its mean over the n),
-    "majority" of the answers, the judge's "knockout", and "any" that is right, the limit. {} if n
-    is 0 or no truth is known.
-    """
+def best_of_n(policy, referee, queries, n, seed=0):
+    """`bestof.best_of` among n responses to each query whose truth is known; {} without any."""
     queries = [query for query in queries if query.truth is not None]
     if not queries or not n:
         return {}
     _, answers = respond(policy, queries, n, seed)
-    rng = Random(f"best of:{seed}")
-    brackets = [knockout(n, rng) for _ in queries]
-    results = referee.play([query.text for query in queries], answers, brackets, False, seed)
-    ways = {"one": [], "majority": [], "knockout": [], "any": []}
-    for query, group, result in zip(queries, answers, results):
-        right = [text == query.truth for text in group]
-        ways["one"].append(sum(right) / n)
-        ways["majority"].append(float(majority(group) == query.truth))
-        ways["knockout"].append(float(right[result.champion]))
-        ways["any"].append(float(any(right)))
-    return ways
-
-
-def majority(texts):
-    """The most frequent of some answers, the first of equally frequent ones, or None without any.
-
-    >>> majority(["7", NO_ANSWER, NO_ANSWER, "8", "8"])
-    '8'
-    """
-    counts = Counter(text for text in texts if text != NO_ANSWER)
-    return max(counts, key=counts.get) if counts else None
+    rankings = [
+        Ranking(query.text, group, [text == query.truth for text in group])
+        for query, group in zip(queries, answers)
+    ]
+    return best_of(referee, rankings, seed)
 
 
 def compared(before, after):

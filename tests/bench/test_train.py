@@ -1,132 +1,17 @@
-"""The benchmarks: what they count, what they estimate, and that both sides do the same work."""
+"""The benchmark of training and its tools: both sides do the same work, parts add up."""
 
 import json
 import math
-import re
 import time
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from nanorrm import Engine, SamplingParams, UserError
-from nanorrm.bench.estimate import (
-    Hardware,
-    estimate,
-    forward_flops,
-    kv_bytes,
-    memory_bytes,
-    parameters,
-    quantiles,
-    rollout_seconds,
-    stop_chance,
-    training_flops,
-    update_seconds,
-)
-from nanorrm.bench.tools import SHAPES, Clock, PeakMemory, numbers, shape, write_json
+from nanorrm.bench import trl
+from nanorrm.bench.estimate import stop_chance
+from nanorrm.bench.tools import Clock, PeakMemory, numbers, shape, write_results
 from nanorrm.bench.train import TrainBench, cases, random_texts, rewards_of, save_model, whole_step
-from nanorrm.model.transformer import Transformer
-
-# -- what is counted
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_parameters_are_those_of_the_matrices(name):
-    with torch.device("meta"):
-        model = Transformer(shape(name))
-    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
-    assert parameters(shape(name)) == matrices
-
-
-def test_flops_are_what_torch_counts_in_transformers():
-    """PyTorch counts whatever a kernel computes, hidden pairs too: that is half of attention."""
-    transformers = pytest.importorskip("transformers")
-    c = shape("10M")
-    c.num_hidden_layers = 2
-    theirs = transformers.Qwen2ForCausalLM(
-        transformers.Qwen2Config(
-            vocab_size=c.vocab_size,
-            hidden_size=c.hidden_size,
-            intermediate_size=c.intermediate_size,
-            num_hidden_layers=c.num_hidden_layers,
-            num_attention_heads=c.num_attention_heads,
-            num_key_value_heads=c.num_key_value_heads,
-            attn_implementation="eager",
-        )
-    )
-    n, B = 48, 2
-    with FlopCounterMode(display=False) as forward:
-        out = theirs(torch.zeros(B, n, dtype=torch.long)).logits
-    with FlopCounterMode(display=False) as backward:
-        out.sum().backward()
-    hidden = 2 * B * c.num_hidden_layers * c.num_attention_heads * c.head_dim * n * n
-    rope = forward.get_total_flops() - forward_flops(c, [n] * B, n * B) - hidden
-    assert 0 <= rope <= c.head_dim * n * B  # they make the angles by a matrix product
-    total = forward.get_total_flops() + backward.get_total_flops() - rope
-    assert total == training_flops(c, [n] * B, n * B) + 3 * hidden
-
-
-def test_kv_bytes_are_the_engines(tokenizer):
-    model = Transformer(shape("toy")).init_weights(0)
-    engine = Engine(model, tokenizer)
-    k, v = engine.cache
-    slots = k.shape[1] * k.shape[2]
-    assert (k.nbytes + v.nbytes) / slots == kv_bytes(shape("toy"), width=4)
-
-
-# -- what is estimated
-
-
-@pytest.mark.parametrize(("mean", "longest"), [(22, 48), (60, 256), (2000, 8192), (1.5, 3)])
-def test_stop_chance_gives_the_mean(mean, longest):
-    p = stop_chance(mean, longest)
-    chances = [p * (1 - p) ** (n - 1) for n in range(1, longest)]
-    total = sum(n * c for n, c in enumerate(chances, 1)) + longest * (1 - sum(chances))
-    assert total == pytest.approx(mean, rel=1e-9)
-    drawn = quantiles(mean, longest, 4000)
-    assert sum(drawn) / 4000 == pytest.approx(mean, rel=0.01)
-    assert 1 == drawn[0] <= drawn[-1] == longest
-
-
-def test_rollout_estimate_is_the_sum_over_steps():
-    """Beside a loop over every decoding step, on a device where traffic counts and on one where
-    arithmetic does."""
-    c, prompt, lengths = shape("0.5B"), 100, [3, 3, 10, 400]
-    for hardware in (Hardware("slow", 1e18, 1e12, 1), Hardware("weak", 1e10, 1e18, 1)):
-        prefill = forward_flops(c, [prompt] * 4, 4) / hardware.flops
-        wanted = max(prefill, 2 * parameters(c) / hardware.bandwidth)
-        for step in range(max(lengths)):
-            live = sum(n > step for n in lengths)
-            traffic = 2 * parameters(c) + live * (prompt + step + 0.5) * kv_bytes(c)
-            work = 2 * parameters(c) * live
-            wanted += max(traffic / hardware.bandwidth, work / hardware.flops)
-        assert rollout_seconds(c, prompt, lengths, hardware) == pytest.approx(wanted, rel=1e-9)
-
-
-def test_update_estimate_by_hand():
-    """1.54e9 weights of 6 operations on 1e5 tokens take about 3 s at 300 TFLOP/s."""
-    c = shape("1.5B")
-    fast = Hardware("fast", 300e12, 1e30, 1)
-    got = update_seconds(c, 10, [90] * 1000, fast)
-    head = c.vocab_size * c.hidden_size
-    dense = 6e5 * (parameters(c) - head) + 6 * 90_000 * head
-    assert got == pytest.approx(dense / 300e12, rel=0.01)  # attention over 100 tokens is little
-    slow = Hardware("slow", 1e30, 28.0 * parameters(c), 1)
-    assert update_seconds(c, 10, [90], slow) == pytest.approx(1)
-
-
-def test_estimate_marks_itself_and_knows_what_fits(capsys):
-    rows = {(r["model"], r["device"]): r for r in estimate()}
-    out = capsys.readouterr().out
-    assert " s  " in out and not re.search(r"(s|GiB)\d", out)  # columns stay apart
-    assert out.startswith("ESTIMATE") and "nothing was measured" in out
-    assert rows["1.5B", "A100 80GB"]["fits"]
-    assert not rows["7B", "A100 80GB"]["fits"]
-    state, cache, kept = memory_bytes(shape("7B"), 10, [10], 100)
-    assert state > 18 * 7e9 and cache == 20 * kv_bytes(shape("7B")) and kept > 0
-    for row in rows.values():
-        assert row["rollout_seconds"] > 0 and row["update_seconds"] > 0
-
 
 # -- the tools
 
@@ -174,10 +59,11 @@ def test_peak_memory_sees_what_came_and_went():
 
 
 def test_written_results_are_whole_or_not_there(tmp_path):
-    write_json(tmp_path / "a.json", {"x": 1})
+    write_results(tmp_path / "a.json", {"x": 1})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+    write_results(None, {})
     with pytest.raises(UserError, match=r"missing/a\.json: no such file"):
-        write_json(tmp_path / "missing" / "a.json", {})
+        write_results(tmp_path / "missing" / "a.json", {})
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
@@ -234,17 +120,14 @@ TINY = TrainBench(whole="toy", prompts=3, group=2, prompt_tokens=8, repeats=1, m
 def test_a_whole_step_is_the_same_work_on_both_sides(monkeypatch, capsys):
     """Beside the real TRL: one update a step on the same prompts, parts that add up."""
     pytest.importorskip("trl")
-    from nanorrm.bench import train as bench_train
-
     made = []
-    trl = bench_train.TRLSteps
 
-    class Kept(trl):
+    class Kept(trl.TRLSteps):
         def __init__(self, *args):
             super().__init__(*args)
             made.append(self)
 
-    monkeypatch.setattr(bench_train, "TRLSteps", Kept)
+    monkeypatch.setattr(trl, "TRLSteps", Kept)
     row = whole_step("toy", 4, 8, TINY, "cpu")
     assert [steps.trainer.state.global_step for steps in made] == [2, 2, 2]  # two tries, the bench
     config = made[-1].trainer.args
@@ -267,9 +150,7 @@ def test_settings_of_a_whole_step_that_cannot_be_are_named(monkeypatch):
     with pytest.raises(UserError, match="micro = '4,5': none divides the 6 completions"):
         whole_step("toy", 4, 8, wrong, "cpu")
 
-    from nanorrm.bench import trl as bench_trl
-
-    monkeypatch.setattr(bench_trl, "installed", lambda: False)
+    monkeypatch.setattr(trl, "installed", lambda: False)
     wrong = TrainBench(prompts=3, group=2, micro="6", trl="yes")
     with pytest.raises(UserError, match="TRL is not installed: pip install trl"):
         whole_step("toy", 4, 8, wrong, "cpu")

@@ -299,7 +299,7 @@ def test_no_idea_is_said_too(tmp_path):
     jsonl(tmp_path / "rows.jsonl", [{"text": "a", "n": {"x": 1}}])
     with pytest.raises(UserError, match=r"--columns query=\.\.\.,a="):
         read_pairs(tmp_path / "rows.jsonl")
-    assert propose([]) == propose([1, "text"]) == propose([{}]) == ""
+    assert propose([]) == propose([{}]) == ""
 
 
 def test_mapping_of_a_file_with_known_columns_wins(tmp_path):
@@ -316,8 +316,8 @@ def test_mapping_of_a_file_with_known_columns_wins(tmp_path):
     [
         ("query=prompt,a=chosen,b=rejcted", ["line 1", "rejcted", "did you mean rejected"]),
         ("query=prompt,a=chosen,b=zzz", ["line 1", "zzz", "it has prompt, chosen"]),
-        ("query=prompt,best=chosen", ["best", "ROLE=COLUMN", "rejected"]),
-        ("prompt", ["prompt", "ROLE=COLUMN"]),
+        ("query=prompt,best=chosen", ["'best' is none of", "rejected"]),
+        ("prompt", ["prompt", "wanted=given"]),
         ("query=prompt,a=chosen", ["line 1", "not known"]),
     ],
 )
@@ -327,6 +327,31 @@ def test_mapping_that_does_not_fit_is_named(tmp_path, columns, words):
         read_pairs(tmp_path / "rows.jsonl", columns)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_one_parser_for_the_names_of_every_command():
+    """Blanks and empty parts are nothing; the first = divides; a dictionary is as good."""
+    wanted = {"prompt": "question", "chosen": "x=y"}
+    for columns in ("prompt=question,chosen=x=y", " prompt = question ,, chosen=x=y,", wanted):
+        assert parse_columns(columns, ("prompt", "chosen")) == wanted
+    assert parse_columns("") == parse_columns(None) == parse_columns(" ,") == {}
+    with pytest.raises(UserError, match="'question' is none of prompt, chosen"):
+        parse_columns("question=q", ("prompt", "chosen"))
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted", "mapping"),
+    [
+        ({"q": "2+2", "good": "4", "bad": "5"}, "prompt chosen", "prompt=q,chosen=good"),
+        ({"bad": "5", "id": 1}, "rejected", "rejected=bad"),
+        ({"resp_b": "x", "resp_a": "y", "kind": "s"}, "chosen rejected subset",
+         "chosen=resp_a,rejected=resp_b,subset=kind"),
+        ({"category": "s", "winner": "2"}, "label source", "label=winner,source=category"),
+        ({}, "prompt", "prompt=..."),
+    ],
+)  # fmt: skip
+def test_names_that_are_wanted_get_the_likeliest_column(row, wanted, mapping):
+    assert propose([row], wanted.split()) == mapping
 
 
 # -- rankings
@@ -368,6 +393,7 @@ def test_rankings_with_a_mapping(tmp_path):
         ({"query": "q", "responses": ["x"], "truth": [1, 2]}, ["truth", "a list of 1"]),
         ({"query": "q", "responses": ["x"], "truth": ["good"]}, ["truth", "numbers"]),
         ({"query": "q", "responses": ["x"], "truth": [float("nan")]}, ["truth", "numbers"]),
+        ({"query": "q", "responses": ["x"], "truth": [10**400]}, ["truth", "numbers"]),
         ({"prompt": "q", "response_1": "x", "scores": [1, 0]}, ["scores", "a list of 1"]),
         (["q"], ["should be an object, not list"]),
     ],

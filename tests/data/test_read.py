@@ -129,11 +129,11 @@ def test_file_source_gives_each_pair_once_an_epoch():
     source = FileSource(labelled(12), seed=1, held_share=0.0)
     orders = []
     for epoch in range(3):
-        orders.append([source.pair(12 * epoch + i).id for i in range(12)])
+        orders.append([source.item(12 * epoch + i).id for i in range(12)])
         assert sorted(orders[-1], key=int) == [str(i) for i in range(12)]
     assert orders[0] != orders[1] != orders[2]
     again = FileSource(labelled(12), seed=1, held_share=0.0)
-    assert [again.pair(i).id for i in range(30, 36)] == orders[2][6:]  # no cursor needed
+    assert [again.item(i).id for i in range(30, 36)] == orders[2][6:]  # no cursor needed
 
 
 def test_file_source_needs_labels():

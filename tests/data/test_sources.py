@@ -110,7 +110,7 @@ def test_query_held_out_of_one_source_is_trained_on_in_none():
     shared = [Pair(query, "x", "z", 1, f"b{i}") for i, query in enumerate(queries)]
     mixture = mix([("one", one, 1), ("two", shared, 1)], 0, 0.2)
     held = [pair for source in mixture.sources for pair in source.held_out(99)]
-    trained = [pair for source in mixture.sources for pair in source.pairs]
+    trained = [pair for source in mixture.sources for pair in source.items]
     assert len(held) + len(trained) == 70 and {p.id[0] for p in held} == {"a", "b"}
     assert not {pair.query for pair in held} & {pair.query for pair in trained}
     assert len(held) >= 20

@@ -21,7 +21,9 @@ from nanorrm.records import Pair
 from nanorrm.train import grpo
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted((ROOT / "experiments").glob("*.py"))
+FILES = sorted(
+    path for path in (ROOT / "experiments").glob("*.py") if path.stem not in ("lab", "one_file")
+)
 
 
 @pytest.fixture
@@ -75,17 +77,20 @@ def test_one_sided_halves_add_up():
 
 
 def test_the_curriculum_grows_to_what_the_default_draws():
-    source, take = ToySource(0), curriculum.short_first(500)
-    longest = [max(p.meta["terms"] for p in take(source, 100 * i, 100)) for i in range(7)]
+    source, take = ToySource(0), curriculum.ShortFirst(0, 500).take
+    longest = [max(p.meta["terms"] for p in take(100 * i, 100)) for i in range(7)]
     assert longest == [2, 3, 4, 5, 6, 6, 6]
-    assert take(source, 400, 50) == source.take(400, 50)
-    assert take(source, 90, 20) == take(source, 90, 10) + take(source, 100, 10)
+    assert take(400, 50) == source.take(400, 50)
+    assert take(90, 20) == take(90, 10) + take(100, 10)
+    halfway = curriculum.short_first(JudgeConfig(steps=20, prompts=50), None)
+    assert halfway.take(0, 600) == take(0, 600)
 
 
 def test_both_orders_follow_one_another():
     source = ToySource(0)
-    pairs = consistency.BothOrders(source).take(4, 4)
-    assert pairs[::2] == source.take(2, 2)
+    both = consistency.BothOrders(source)
+    pairs = both.take(4, 4)
+    assert pairs[::2] == source.take(2, 2) and both.held_out(3) == source.held_out(3)
     for one, other in zip(pairs[::2], pairs[1::2]):
         assert (one.a, one.b, one.label) == (other.b, other.a, 3 - other.label)
 
@@ -93,34 +98,51 @@ def test_both_orders_follow_one_another():
 def test_only_right_in_both_orders_is_rewarded(monkeypatch):
     """Four partners: right and right, right and wrong, wrong and right, wrong and wrong."""
     grades = [[(1.0, 1), (1.0, 1), (-1.0, 2), (-1.0, 2)], [(1.0, 2), (-1.0, 1)] * 2]
-    batch = [(f"pair {i}", [i], ["rollouts"], graded) for i, graded in enumerate(grades)]
-    monkeypatch.setattr(consistency, "collect", lambda *_: (batch, 2))
-    strict, cursor = consistency.right_in_both(None, None, 0, 1, None)
-    assert cursor == 2 and [row[:3] for row in strict] == [row[:3] for row in batch]
-    for row, graded in zip(strict, grades):
-        assert [reward for reward, _ in row[-1]] == [1, -1, -1, -1]
-        assert [verdict for _, verdict in row[-1]] == [verdict for _, verdict in graded]
+    monkeypatch.setattr(consistency, "graded", lambda *_: grades)
+    strict = consistency.right_in_both(None, None)
+    for group, graded in zip(strict, grades, strict=True):
+        assert [reward for reward, _ in group] == [1, -1, -1, -1]
+        assert [verdict for _, verdict in group] == [verdict for _, verdict in graded]
 
 
-def says_the_second(judge, pairs, **how):
-    return [Verdict([2], [False]) for _ in pairs]
+class SecondWins:
+    """A judge that says the second, always."""
+
+    backend = seed = None
+
+    def compare(self, pairs, **settings):
+        return [Verdict([2], [False]) for _ in pairs]
 
 
-def test_the_biased_judge_looks_at_length_first(monkeypatch):
-    monkeypatch.setattr(length_bias, "compare", says_the_second)
+def test_the_biased_judge_looks_at_length_first():
     texts = [("12", "3"), ("3", "12"), ("12", "34"), ("3", NO_ANSWER), (NO_ANSWER, NO_ANSWER)]
     pairs = [Pair("1+2", a, b) for a, b in texts]
-    verdicts = length_bias.longer_wins(len)(None, pairs)
+    verdicts = length_bias.LongerWins(SecondWins(), len).compare(pairs)
     assert [verdict.winner for verdict in verdicts] == [1, 2, 2, 1, 2]
 
 
-def test_the_biased_judge_is_told_how_long_the_thinking_was(monkeypatch):
-    monkeypatch.setattr(length_bias, "answer", lambda policy, question, completion: "12")
-    short, long = (length_bias.with_tokens(None, [], SimpleNamespace(ids=[0] * n)) for n in (3, 30))
+def test_the_biased_judge_is_told_how_long_the_thinking_was(toy_base):
+    policy = length_bias.TellingPolicy(toy_base)
+    question = policy.prompt("6+6")
+    said = [SimpleNamespace(ids=[0] * n, text="</think>12", finish_reason="stop") for n in (3, 30)]
+    short, long = (policy.answer(question, completion) for completion in said)
     assert short == long == "12"
-    monkeypatch.setattr(length_bias, "compare", says_the_second)
-    judged = length_bias.longer_wins(lambda text: text.tokens)(None, [Pair("6+6", long, short)])
-    assert judged[0].winner == 1
+    judge = length_bias.LongerWins(SecondWins(), length_bias.thinking)
+    assert judge.compare([Pair("6+6", long, short)])[0].winner == 1
+
+
+def test_what_an_experiment_changes_stays_with_it(small, monkeypatch):
+    """Functions go to the stage, settings to its config, and the next variant has its own again."""
+    seen = []
+
+    def train(cfg, run, advantages=None):
+        seen.append((cfg.scale, advantages))
+        fake_train(3)(cfg, run)
+
+    lab(monkeypatch, "--seeds", "1", train=train).compare(
+        {"one": {"advantages": max, "scale": "none"}, "default": {}}, {"end": ("acc", "last")}
+    )
+    assert seen == [("none", max), ("group", None)]
 
 
 # -- the bench itself
@@ -132,9 +154,9 @@ def lab(monkeypatch, *arguments, train=None):
 
 
 def fake_train(last):
-    def train(cfg, run):
+    def train(cfg, run, **functions):
         print("a line that nobody wants")
-        run.start(0, cfg.steps)
+        run.start()
         for step in range(last + 1):
             run.log(step, {"acc": step / 10 + cfg.seed}, "")
 

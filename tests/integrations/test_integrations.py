@@ -142,18 +142,18 @@ def test_verl_settings_are_checked():
 SPLIT = """
 import json, sys
 sys.path[:0] = [{root!r}, {tests!r}]
-from nanorrm import dist
+from nanorrm import ranks
 from tests.integrations.test_integrations import Larger
 from nanorrm.integrations.trl import group_reward
-dist.init()
+ranks.init()
 flat = [("q" + str(i // 4), str(i * 7 % 11)) for i in range(12)]  # three groups of four: 6 + 6
-mine = flat[6 * dist.rank() : 6 * dist.rank() + 6]
+mine = flat[6 * ranks.rank() : 6 * ranks.rank() + 6]
 judge = Larger()
 rewards = group_reward(judge, rating="win_rate", opponents=3)(*map(list, zip(*mine)))
-told = dist.gathered((rewards, len(judge.asked)))
-if dist.rank() == 0:
+told = ranks.gathered((rewards, len(judge.asked)))
+if ranks.rank() == 0:
     print(json.dumps(told))
-dist.finish()
+ranks.finish()
 """
 
 

@@ -1,5 +1,6 @@
 """Backends without a network: the engine, its journal, replays; pairs that do not fit."""
 
+import copy
 import json
 import resource
 import subprocess
@@ -12,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanorrm import ranks
-from nanorrm.config import UserError
+from nanorrm.config import JudgeSettings, UserError
+from nanorrm.engine.engine import Engine
 from nanorrm.engine.sampling import SamplingParams
 from nanorrm.judge.backends import EngineBackend, ReplayBackend
 from nanorrm.judge.journal import Journal, key_of
 from nanorrm.judge.judge import Judge, cut
+from nanorrm.judge.open import open_judge
 from nanorrm.records import Pair
 from tests.judge.test_judge import PAIRS, TOY, Scripted, box, oracle
 from tests.model.test_tokenizer import NASTY
@@ -40,7 +43,7 @@ def judged(verdicts):
 
 
 def test_whatever_generates_gives_the_same_answers(engine):
-    """The engine is heard vote by vote; what shares it among ranks answers in the end."""
+    """What shares an engine among ranks is heard as the engine itself."""
     direct = judge(engine).compare(PAIRS[:6], votes=2)
     assert judged(judge(ranks.RankSharedEngine(engine)).compare(PAIRS[:6], votes=2)) == judged(
         direct
@@ -49,9 +52,29 @@ def test_whatever_generates_gives_the_same_answers(engine):
 
 def test_engine_backend_passes_on_what_training_uses(engine):
     backend = judge(engine).backend
-    assert backend.tokenizer is TOY and backend.model is engine.model
+    assert backend.tokenizer is TOY and backend.engine.model is engine.model
     assert backend.refusal([1], SamplingParams(max_tokens=4)) is None
     assert len(backend.generate([[1, 2]], SamplingParams(max_tokens=4))[0]) == 1
+    backend.sleep()
+    assert engine.cache is None
+
+
+def test_a_copied_backend_is_a_backend(engine):
+    """`__getattr__` that forwards ends here in a RecursionError."""
+    backend = judge(engine).backend
+    again = copy.copy(backend)
+    assert again.engine is engine and again.name == backend.name
+    assert not hasattr(again, "pool")  # what it passes on is named, nothing else is
+    twice = copy.copy(judge(ranks.RankSharedEngine(engine)).backend)
+    assert twice.generate([[1, 2]], SamplingParams(max_tokens=4)) is not None
+
+
+def test_a_judge_is_opened_on_an_engine_that_ranks_share():
+    alone, shared = (open_judge(JudgeSettings("toy-judge"), shared=s) for s in (False, True))
+    assert isinstance(alone.backend.engine, Engine)
+    assert isinstance(shared.backend.engine, ranks.RankSharedEngine)
+    pair = Pair("7+8-5+8", "12", "18", 2)
+    assert judged(shared.compare([pair])) == judged(alone.compare([pair]))
 
 
 def test_seconds_of_a_batch_add_up(engine):

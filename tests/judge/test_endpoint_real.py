@@ -19,9 +19,9 @@ PAIRS, CONCURRENCY = 10_000, 16
 
 CLIENT = """
 import json, sys, time
-from nanorrm.data import Pair
-from nanorrm.endpoint import EndpointBackend
-from nanorrm.judge import Judge
+from nanorrm.records import Pair
+from nanorrm.judge.endpoint import EndpointBackend
+from nanorrm.judge.judge import Judge
 url, model, journal, n, concurrency = sys.argv[1:]
 pairs = [Pair(f"{i}+{i}", f"{i + i}", f"{i + i + 1}", id=str(i)) for i in range(int(n))]
 backend = EndpointBackend(url, model, int(concurrency), timeout=60, patience=300)

@@ -23,19 +23,14 @@ class Scripted:
     def refusal(self, prompt, params):
         return f"{len(prompt)} is too long" if len(prompt) > self.context else None
 
-    def generate(self, prompts, params=None, progress=None):
-        self.calls.append((len(prompts), params))
-        groups = []
-        for prompt in prompts:
+    def generate(self, prompts, each, progress, on_done):
+        self.calls.append((len(prompts), each[0] if each else None))
+        for i, (prompt, params) in enumerate(zip(prompts, each)):
             query, first, second, _ = TOY.decode(prompt).split("\n")
-            texts = [self.answer(query[1:], first[2:], second[2:], j) for j in range(params.n)]
-            groups.append(
-                [
-                    Completion(TOY.encode(t), t, [], [], [], "stop" if t else "length", 0)
-                    for t in texts
-                ]
-            )
-        return groups
+            for j in range(params.n):
+                t = self.answer(query[1:], first[2:], second[2:], j)
+                reason = "stop" if t else "length"
+                on_done(i, j, Completion(TOY.encode(t), t, [], [], [], reason, 0))
 
 
 def box(slot):

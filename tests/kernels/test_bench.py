@@ -1,16 +1,21 @@
 """The bench: its numbers add up, it survives what it measures, and says what is missing."""
 
+import doctest
 import json
+import os
 import re
-import sys
+import shutil
 import time
 from pathlib import Path
 
+import children
 import pytest
 import torch
 
-from kernels import bench, bench_measure, bench_peers, bench_tune, tiles
-from kernels.bench_cases import MODELS, OPS, cases
+from kernels import tiles
+from kernels.bench import __main__ as bench
+from kernels.bench import measure, peers, tune
+from kernels.bench.cases import MODELS, OPS, SMALL, Model, cases
 
 TINY = [case for op in OPS for case in cases(op, small=True)]
 CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="tests what happens without a GPU")
@@ -34,6 +39,28 @@ def test_on_a_cpu_references_are_measured_and_it_is_said(capsys, tmp_path):
         assert row["share"] == pytest.approx(expected, rel=0.1, abs=1e-3)
 
 
+def test_a_peer_that_takes_twice_as_long_has_ratio_two(capsys, tmp_path, monkeypatch):
+    def rows(*args):
+        case = cases("swiglu", small=True)[0]
+        for name, us in ("triton", 50.0), ("torch", 100.0):
+            spent = {"us": {"p20": us, "p50": us, "p80": us}, "tflops": 0.0, "gbs": 2000 / us}
+            yield measure.named(case, name) | spent | {
+                "bound": "copy", "share": 0.5, "peak_mib": 3.0, "graph": True
+            }  # fmt: skip
+        yield measure.named(case, "liger") | {"missing": "liger_kernel"}
+
+    monkeypatch.setattr(bench, "rows", rows)
+    bench.main(["swiglu", "--seconds", "0.001", "--plot", str(tmp_path / "picture.svg")])
+    *lines, last = capsys.readouterr().out.strip().splitlines()
+    assert [row.get("ratio") for row in json.loads(last)["rows"]] == [None, 2.0, None]
+    ours, torch_own, liger = lines[-3:]
+    assert (
+        "50.0 us (50.0 to 50.0)      40 GB/s  50.0%        3 MiB" in ours and "x" not in ours[90:]
+    )
+    assert torch_own.endswith("  x2.00") and liger.endswith("missing: liger_kernel")
+    assert "<svg" in (tmp_path / "picture.svg").read_text()
+
+
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
 def test_every_call_is_built_right(case):
     """Ours and the reference are given the same inputs and asked for the same thing."""
@@ -49,10 +76,9 @@ def test_every_call_is_built_right(case):
 
 
 def test_even_sdpa_is_the_same_operation():
-    q, k, v = (torch.randn(24, h, 8) for h in (4, 2, 2))
-    bounds = torch.tensor([0, 8, 16, 24])
-    out = bench_peers.sdpa_even(3)(q, k, v, bounds)  # [B, H, L, D]
-    expected = cases("attention", small=True)[0].calls["torch"](q, k, v, bounds)()
+    inputs = *(torch.randn(24, h, 8) for h in (4, 2, 2)), torch.tensor([0, 8, 16, 24])
+    out = peers.sdpa(*inputs)()  # [B, H, L, D]
+    expected = cases("attention", small=True)[0].calls["torch"](*inputs)()
     torch.testing.assert_close(out.transpose(1, 2).flatten(0, 1), expected)
 
 
@@ -72,10 +98,23 @@ def test_each_operation_meets_each_model():
         assert {case.model for case in cases(op)} >= set(MODELS)
 
 
+def test_peers_are_asked_for_what_they_do():
+    """sdpa: sequences of one length. FlashInfer: no gradients. Two heads: no backward alone."""
+    asked = {(c.op, c.phase, c.shape): set(c.calls) for op in OPS for c in cases(op)}
+    assert all({"triton", "torch", "compiled"} <= names for names in asked.values())
+    for (op, phase, shape), names in asked.items():
+        assert ("sdpa" in names) == (op == "attention" and "mixed" not in shape)
+        assert phase == "forward" or "flashinfer" not in names
+        assert ("cut-cross-entropy" in names) == (op == "logprob" and phase != "backward")
+
+
 def test_ours_is_measured_first_and_what_compiles_long_last():
-    names = [name for _, name in bench_measure.plan(list(OPS), "cuda", quick=False)]
+    names = [name for _, name in measure.plan(tuple(OPS), "cuda", quick=False)]
     assert names.index("torch") > max(i for i, n in enumerate(names) if n == "triton")
     assert names.index("compiled") > max(i for i, n in enumerate(names) if n == "torch")
+
+
+CEILING = {"copy": 1e9, "matmul": 1e12}
 
 
 def failing(error):
@@ -87,7 +126,6 @@ def failing(error):
 
 def test_a_failing_call_is_a_row():
     case = cases("swiglu", small=True)[0]
-    inputs = case.inputs("cpu", torch.float32)
     missing = RuntimeError("needs the package")
     missing.__cause__ = ModuleNotFoundError("no module", name="some_peer")
     case.calls = {
@@ -95,62 +133,48 @@ def test_a_failing_call_is_a_row():
         "absent": failing(ModuleNotFoundError("no module", name="some_peer")),
         "wrapped": failing(missing),
     }
-    ceiling = {"copy": 1e9, "matmul": 1e9}
-    found = {n: bench_measure.measure(case, n, inputs, "cpu", 0, ceiling) for n in case.calls}
+    found = {n: measure.measure(case, n, "cpu", 0, CEILING) for n in case.calls}
     assert found["broken"]["error"] == "RuntimeError: boom"
     assert found["absent"]["missing"] == found["wrapped"]["missing"] == "some_peer"
+    measure.kept.clear()
+    case.make = failing(RuntimeError("out of memory"))
+    assert "out of memory" in measure.measure(case, "broken", "cpu", 0, CEILING)["error"]
     assert all(bench.line(row) for row in found.values())
 
 
+def test_the_bound_is_the_ceiling_that_takes_longer():
+    """At 60 operations a byte and a TFLOP/s: bytes, if they come at 1 GB/s, but not at 1 TB/s."""
+    case = cases("logprob", small=True)[0]
+    found = [
+        measure.measure(case, "torch", "cpu", 0, CEILING | {"copy": copy}) for copy in (1e9, 1e12)
+    ]
+    assert [row["bound"] for row in found] == ["copy", "matmul"]
+    for row, ceiling in zip(found, (case.bytes / 1e9, case.flops / 1e12)):
+        assert row["share"] == pytest.approx(ceiling / row["us"]["p50"] * 1e6, abs=1e-4)
+
+
 def test_missing_peers_are_named():
-    found = bench_peers.versions()
-    assert set(found) == {"flash-attn", "liger", "cut-cross-entropy", "flashinfer"}
+    assert set(peers.versions()) == {"flash-attn", "liger", "cut-cross-entropy", "flashinfer"}
+
+
+CHOSEN = ("swiglu", "rms_norm", "rope_write"), "cpu", True
+
+
+def test_a_crash_a_hang_and_a_lost_gpu_cost_one_row_each():
+    """Numbers 1, 2 and 3; each is the end of its process."""
+    found = list(measure.rows(CEILING, 0, CHOSEN, float("inf"), children.misbehaving, silence=5))
+    names = [measure.named(case, name) for case, name in measure.plan(*CHOSEN)]
+    assert found[0]["number"] == 0 and found[4]["number"] == 4 and len(found) == 5
+    assert found[0]["process"] != found[4]["process"] != os.getpid()
+    assert found[1].pop("error").startswith("BrokenProcessPool: A process")
+    assert found[2].pop("error") == "timed out"
+    assert found[3].pop("error") == "RuntimeError: an illegal memory access was encountered"
+    assert found[1:4] == names[1:4]
 
 
 def test_out_of_time_is_said():
-    listed = bench_measure.plan(["swiglu"], "cpu", quick=True)
-    past = time.time() - 1
-    found = list(bench_measure.rows(listed, "cpu", 0, {}, deadline=past))
-    assert len(found) == len(listed) and all("out of time" in row["error"] for row in found)
-
-
-# Stands in for a child that measures: crashes at number 1 and hangs at number 2.
-CHILD = """
-import json, os, sys, time
-print("compilers chatter on stdout, too")
-print("@ceilings " + json.dumps({"copy": 1.0, "matmul": 2.0}), flush=True)
-for i in range(int(sys.argv[1]), 4):
-    print("@start " + json.dumps(i), flush=True)
-    if i == 1:
-        print("an illegal memory access was encountered", file=sys.stderr, flush=True)
-        os._exit(3)
-    if i == 2:
-        time.sleep(60)
-    print("@row " + json.dumps({"i": i}), flush=True)
-"""
-
-
-def test_a_crash_and_a_hang_cost_one_row_each():
-    listed = [(case, "triton") for case in TINY[:4]]
-    got = []
-
-    def command(skip, ceiling):
-        assert (ceiling is None) == (skip == 0)
-        return [sys.executable, "-c", CHILD, str(skip)]
-
-    bench_measure.supervise(command, listed, lambda *x: got.append(x), silence=3)
-    assert [kind for kind, _ in got] == ["ceilings", "row", "row", "row", "row"]
-    values = [value for _, value in got[1:]]
-    assert values[0] == {"i": 0} and values[3] == {"i": 3}
-    assert "ended with 3: an illegal memory access" in values[1]["error"]
-    assert "timed out" in values[2]["error"]
-
-
-def test_a_child_that_never_starts_is_an_error():
-    listed = [(case, "triton") for case in TINY[:2]]
-    command = [sys.executable, "-c", "raise SystemExit('no driver')"]
-    with pytest.raises(RuntimeError, match="no driver"):
-        bench_measure.supervise(lambda *_: command, listed, lambda *_: None)
+    found = list(measure.rows(CEILING, 0, CHOSEN, time.time() - 1))
+    assert len(found) == 5 and all("out of time" in row["error"] for row in found)
 
 
 def test_unknown_operation(capsys):
@@ -165,19 +189,50 @@ def test_tuning_needs_a_gpu():
         bench.main(["--tune"])
 
 
-def test_every_table_entry_worth_tuning_exists():
-    assert set(bench_tune.MEASURED_BY) <= set(tiles.TILES)
-    for public, phase in bench_tune.MEASURED_BY.values():
-        assert any(case.phase == phase for case in cases(public))
+@pytest.fixture
+def little(monkeypatch):
+    """Cases that Triton's interpreter runs in no time, and a table to change."""
+    monkeypatch.setitem(SMALL, "tiny", Model(32, 2, 1, 16, 64, 40))
+    for op, size in {
+        "swiglu": (2,),
+        "logprob": (8,),
+        "rms_norm": (8,),
+        "rope_write": (16,),
+    }.items():
+        monkeypatch.setitem(OPS, op, OPS[op]._replace(small=size))
+    monkeypatch.setitem(tiles.TILES, "swiglu", list(tiles.TILES["swiglu"]))
 
 
-def test_rewriting_the_table(tmp_path):
+@CPU
+def test_the_cases_reach_every_table_entry(little):
+    """So that --tune, which takes its rows from the cases, leaves none out."""
+    assert {entry for op in OPS for entry, _ in tune.reached(op, "cpu")} == set(tiles.TILES)
+
+
+@CPU
+def test_tuning_rewrites_the_table(little, tmp_path, capsys, monkeypatch):
+    """In the interpreter, by a clock that likes blocks of 128."""
+    path = shutil.copy(tiles.__file__, tmp_path / "tiles.py")
+
+    def clock(call, seconds, graph):
+        return [abs(tiles.tile("swiglu", "interpret")["BLOCK"] - 128) + 1.0] * 3, False, None
+
+    monkeypatch.setitem(tune.TIMERS, "cpu", clock)
+    tune.tune(["swiglu"], 0, time.time() + 60, device="cpu", path=path)
+    assert "-> 1000000.0 us" in capsys.readouterr().out
+    assert tiles.tile("swiglu", "interpret")["BLOCK"] == 128
+    scope = {}
+    exec(compile(Path(path).read_text(), "tiles.py", "exec"), scope)
+    assert scope["TILES"] == tiles.TILES
+
+
+def test_rewriting_the_table():
     """A tuned row comes first, replaces the one tuned before, and the file still loads."""
     source = Path(tiles.__file__).read_text()
     limits = {"bytes": 2, "D": 128}
     for BM in (32, 256):
         values = {"BM": BM, "BN": 64, "num_warps": 4, "num_stages": 2}
-        source = bench_tune.rewrite(source, "attention_dq", "sm_90", limits, values, "measured")
+        source = tune.rewrite(source, "attention_dq", "sm_90", limits, values, "measured")
     scope = {}
     exec(compile(source, "tiles.py", "exec"), scope)
     assert scope["tile"]("attention_dq", "sm_90", **limits)["BM"] == 256
@@ -186,15 +241,21 @@ def test_rewriting_the_table(tmp_path):
     assert len(scope["TILES"]["attention_dq"]) == len(tiles.TILES["attention_dq"]) + 1
     assert len(re.findall("measured\n", source)) == 1
     with pytest.raises(ValueError, match="no list for nothing"):
-        bench_tune.rewrite(source, "nothing", "sm_90", {}, {}, "")
+        tune.rewrite(source, "nothing", "sm_90", {}, {}, "")
 
 
 def test_descent_skips_what_does_not_run():
     def time_of(values):
         return None if values["BM"] > 64 else 1 / values["BM"]
 
-    best, spent, _ = bench_tune.descend({"BM": 16, "num_warps": 4}, time_of)
+    best, spent, _ = tune.descend({"BM": 16, "num_warps": 4}, time_of)
     assert best["BM"] == 64 and spent == 1 / 64
+
+
+@pytest.mark.parametrize("module", [measure, tune])
+def test_worked_examples(module):
+    failed, tried = doctest.testmod(module)
+    assert tried and not failed
 
 
 @pytest.mark.gpu

@@ -137,8 +137,7 @@ def test_every_tile_has_a_slot_of_its_own(lengths, block):
 
 
 def test_more_sequences_than_one_step_of_the_search(close, monkeypatch):
-    monkeypatch.setattr("kernels.flash_attention.slots_chunk", lambda sequences: 4)
-    monkeypatch.setattr("kernels.flash_backward.slots_chunk", lambda sequences: 4)
+    monkeypatch.setattr(attention_tiles, "slots_chunk", lambda sequences: 4)
     compare(close, case(1, 1, 16, [3, 1, 0, 9, 18, 2, 2, 0, 1, 4, 7], torch.float32))
 
 

@@ -152,7 +152,7 @@ def test_launch_reads_nothing_from_the_device(monkeypatch):
     monkeypatch.setattr(paged_decode, "combine_kernel", Kernel())
     for name in ("item", "tolist", "__int__", "__bool__", "__index__", "cpu"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("a host sync"))
-    paged_decode.decode(*inputs, 1.0)
+    paged_attention(*inputs, 1.0, impl="triton")
     monkeypatch.undo()
     assert grids == [(2, 1), (2, 2)]  # 2 sequences x 1 split of 512; 2 sequences x 2 heads
 
@@ -172,7 +172,8 @@ def test_grid_limits(monkeypatch):
     q = torch.zeros(512, 28, 128)
     cache = torch.zeros(1, 16, 4, 128)
     tables = torch.zeros(512, 8192, dtype=torch.int32)
-    paged_decode.decode(q, cache, cache, tables, torch.zeros(512, dtype=torch.int32), 1.0)
+    seq_lens = torch.zeros(512, dtype=torch.int32)
+    paged_attention(q, cache, cache, tables, seq_lens, impl="triton")
     assert all(y < 65_536 for _, y in grids) and grids[1] == (512, 28)
 
 

@@ -12,7 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanorrm.config import UserError
+from nanorrm.judge.verdict import Verdict
+from nanorrm.measure import metrics, patterns
 from nanorrm.measure.report import as_script, write_report
+from nanorrm.measure.results import over_queries
+from nanorrm.records import Pair
 
 HOSTILE = (
     "</script><script>window.pwned=1</script><!-- <script> --> <img src=x onerror='window.pwned=2'>"
@@ -60,6 +64,7 @@ def knockout(n, seed=0):
         "kind": "ranking", "id": f"k{n}", "query": "which?",
         "responses": [f"response {i}" for i in range(n)], "truth": [i == 0 for i in range(n)],
         "champion": alive[0], "ratings": [1000.0 + i for i in range(n)], "rounds": rounds,
+        "source": "", "meta": {"strategy": "knockout"},
     }  # fmt: skip
 
 
@@ -74,8 +79,9 @@ MIXED = [
     knockout(6),
     {
         "kind": "ranking", "id": "robin", "query": "q", "responses": ["x", "y", "z"], "truth": None,
-        "champion": 1, "ratings": None,
-        "rounds": [[[0, 1, 1, "p2"], [0, 2, None, None], [1, 2, 1, None]]],
+        "champion": 1, "ratings": [0.25, 1.0, 0.25], "source": "",
+        "rounds": [[[0, 1, 1, [vote(2)]], [0, 2, None, None], [1, 2, 1, None]]],
+        "meta": {"strategy": "round_robin"},
     },
 ]  # fmt: skip
 
@@ -148,22 +154,49 @@ def test_nothing_is_fetched(write):
 
 def test_numbers_are_in_the_page_without_script(write):
     text = re.sub(r"<[^>]+>", " ", write(MIXED).read_text().split("<main>")[0])
-    for word in ("easy", "50.0%", "10.0 to 90.0", "12.50", "toy-judge", "2.5 s"):
+    for word in ("easy", "50.0%", "10.0 to 90.0", "12.5", "toy-judge", "2.5 s"):
         assert word in text
 
 
 def test_any_shape_of_numbers_is_shown(write):
     odd = {"rows": {"a": {"x": None, "deep": {"y": 1}, "big": 12345.6, "name": "n", "ok": True}}}
     text = write([pair(1)], odd).read_text()
-    assert "12,346" in text and "deep" not in text.split("<main>")[0]
-    # a mean number of matches is no share, though one of them is below 1; `all` of other metrics
-    odd = {"rows": {"one": {"matches": 0.0}, "two": {"matches": 4.5}}, "all": {"share": 0.25}}
+    assert "12,345.60" in text and "deep" not in text.split("<main>")[0]
+    # `all` of other metrics stands apart
+    odd = {"rows": {"one": {"matches": 0.0}, "two": {"matches": 4.5}}, "all": {"accuracy": 0.25}}
     head = write([pair(1)], odd).read_text().split("<main>")[0]
-    assert all(word in head for word in (">0.00<", ">4.50<", ">25.0%<")) and "–" not in head
+    assert all(word in head for word in (">0.0<", ">4.5<", ">25.0%<")) and ">-<" not in head
     assert head.count("<table>") == 2
-    both = {"rows": {"one": {"share": 0.5}}, "all": {"share": 0.25}}
+    both = {"rows": {"one": {"voted": 0.5}}, "all": {"voted": 0.25}}
     assert write([pair(1)], both).read_text().split("<main>")[0].count("<table>") == 1
     assert "<table>" not in write([], {}).read_text()  # not even a table
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "wanted"),
+    [
+        ("matches", 1.0, "1.0"),  # of one query each: a number of matches, not all of them
+        ("tokens_per_vote", 0.5, "0.5"),
+        ("think_tokens_per_pair", 0.0, "0.0"),
+        ("accuracy", 1.0, "100.0%"),
+        ("truncated", 0.0, "0.0%"),
+        ("pairs", 1, "1"),
+        ("never heard of", 1.0, "1.00"),
+    ],
+)
+def test_what_a_metric_is_decides_how_it_is_written(write, metric, value, wanted):
+    """Not its values: a 1.0 that counts something was once shown as 100.0%."""
+    page = write([pair(1)], {"rows": {"one": {metric: value}}}).read_text()
+    assert f"<td>{wanted}</td>" in page
+
+
+def test_every_metric_of_a_summary_has_its_format():
+    """A float of results.json that FORMATS does not know would have two decimals, not percent."""
+    verdict = Verdict([1, 2], [False, True], tokens=9, think_tokens=4)
+    rows = [metrics.summarize([Pair("q", "x", "y", 1)], [verdict])]
+    rows += [over_queries([1.0], ["q"]), patterns.patterns(["wait"])]
+    floats = {key for row in rows for key, value in row.items() if isinstance(value, float)}
+    assert len(floats) > 10 and floats <= metrics.FORMATS.keys()
 
 
 def test_patterns_of_thinking_are_shown(write):
@@ -190,7 +223,11 @@ def test_beyond_the_cap_records_are_left_out_and_counted(write):
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("{", "line 2: not JSON"), ('{"kind": "x"}', "line 2: neither"), ("[1]", "line 2: neither")],
+    [
+        ("{", "line 2: not JSON"),
+        ('{"kind": "x"}', "line 2: neither"),
+        ("[1]", "line 2: should be an object, not list"),
+    ],
 )
 def test_a_broken_line_is_named_and_no_page_written(write, tmp_path, line, words):
     write([pair(1)])
@@ -208,7 +245,7 @@ def test_missing_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"records\.jsonl: no such file"):
         write_report(tmp_path)
     (tmp_path / "records.jsonl").write_bytes(b"\xff")
-    with pytest.raises(UserError, match=r"records\.jsonl: not readable"):
+    with pytest.raises(UserError, match=r"records\.jsonl: not UTF-8 text"):
         write_report(tmp_path)
 
 
@@ -279,7 +316,7 @@ def test_a_comparison_is_shown_whole(page):
         ("wrong", "p2 k6"),
         ("tied", "p3"),
         ("inconsistent", "p3"),
-        ("invalid", "p4 p5"),
+        ("unreadable", "p4 p5"),
         ("skipped", "p6"),
         ("rankings", "k6 robin"),
     ],
@@ -395,35 +432,33 @@ def test_the_policy_stops_a_script_that_got_in(chromium, write):
 def test_a_knockout_is_drawn_as_a_bracket_with_its_champion(page, n):
     record = knockout(n)
     browser = page([pair(1), record], "#2")
-    drawn = browser.js(
-        "return [...document.querySelectorAll('svg .match')].map((g) => g.ariaLabel)"
-    )
+    drawn = browser.js("return [...document.querySelectorAll('.match')].map((g) => g.ariaLabel)")
     wanted = [
         f"round {r}: #{a + 1} against #{b + 1}, #{w + 1} wins"
         for r, games in enumerate(record["rounds"], 1)
         for a, b, w, _ in games
     ]
     assert sorted(drawn) == sorted(wanted) and len(drawn) == n - 1
-    champion = browser.js("return document.querySelector('svg .champion').textContent")
+    champion = browser.js("return document.querySelector('.champion').textContent")
     assert champion == f"#{record['champion'] + 1} champion"
     # no two boxes overlap
     boxes = browser.js(
-        "return [...document.querySelectorAll('svg .match rect')].map((r) => r.getBBox())"
-        ".map((b) => [b.x, b.y, b.x + b.width, b.y + b.height])"
+        "return [...document.querySelectorAll('.match')].map((g) => g.getBoundingClientRect())"
+        ".map((b) => [b.left, b.top, b.right, b.bottom])"
     )
     for i, (left, top, right, bottom) in enumerate(boxes):
         for other in boxes[:i]:
             apart = right < other[0] or other[2] < left or bottom < other[1] or other[3] < top
             assert apart, (boxes[i], other)
-    wires = browser.js("return document.querySelectorAll('svg .wire').length")
+    wires = browser.js("return document.querySelectorAll('.wire').length")
     assert wires == n - 1  # from each game to the next, from the final to the champion
 
 
 def test_a_game_of_the_bracket_opens_by_mouse_and_keyboard(page):
     browser = page([knockout(4)])
-    browser.click("svg .match:last-of-type, svg .match")
+    browser.click(".match")
     assert "against" in browser.js("return document.getElementById('match').innerText")
-    browser.js("document.querySelectorAll('svg .match')[1].focus()")
+    browser.js("document.querySelectorAll('.match')[1].focus()")
     browser.press("Enter")
     a, b, *_ = knockout(4)["rounds"][0][1]
     text = browser.js("return document.getElementById('match').innerText")
@@ -484,10 +519,7 @@ def test_contrast_of_all_text(page, scheme, fragment):
         return [...document.querySelectorAll("body *")]
             .filter((e) => own(e) && e.getClientRects().length && !e.closest(".skip"))
             .filter((e) => !["SCRIPT", "STYLE", "NOSCRIPT", "OPTION"].includes(e.tagName))
-            .map((e) => { const s = getComputedStyle(e), svg = e instanceof SVGElement;
-                const frame = svg && e.parentElement.querySelector(".frame");
-                return [svg ? s.fill : s.color, frame ? getComputedStyle(frame).fill : behind(e),
-                        e.outerHTML.slice(0, 80)]; });
+            .map((e) => [getComputedStyle(e).color, behind(e), e.outerHTML.slice(0, 80)]);
     """)
     assert len(found) > 20
     for color, ground, where in found:

@@ -17,8 +17,9 @@ from nanorrm.config import UserError
 from nanorrm.data.sources import ToySource
 from nanorrm.judge.verdict import Verdict
 from nanorrm.measure import results, scaling
-from nanorrm.measure.benchmark_rankings import rankings_of, rewardbench2
+from nanorrm.measure.benchmarks import rankings_of, rewardbench2
 from nanorrm.rank import bestof
+from nanorrm.rank.referee import Referee
 from nanorrm.records import Pair, Ranking
 
 
@@ -75,6 +76,32 @@ def test_one_sample_majority_and_the_best():
     assert got == [0.5, 0, 1]
     even = Ranking("q", ["1", "2"], [1, 0])
     assert bestof.choose("majority", even) == 0.5
+
+
+def test_majority_is_of_answers():
+    assert bestof.majority(["[NO ANSWER]"] * 2) == [0, 1]
+    silent = Ranking("q", ["[NO ANSWER]", "[NO ANSWER]", "2"], [0, 0, 1])
+    assert bestof.choose("majority", silent) == 1
+
+
+def test_four_ways_to_end_with_one_response():
+    """Of answers given equally often the first counts; a knockout is as good as its judge."""
+    rankings = [
+        Ranking("q0", ["1", "3", "3", "2"], [False, True, True, False]),
+        Ranking("q1", ["2", "4", "1", "1"], [False, True, False, False]),
+        Ranking("q2", ["1", "2", "1", "2"], [True, False, True, False]),
+        Ranking("q3", ["[NO ANSWER]"] * 4, [False] * 4),
+    ]
+    referee = Referee(FakeJudge(larger))
+    ways = bestof.best_of(referee, rankings[:3], seed=1)
+    assert ways == {
+        "one": [0.5, 0.25, 0.5],
+        "majority": [1.0, 0.0, 1.0],
+        "knockout": [1.0, 1.0, 0.0],
+        "any": [1.0, 1.0, 1.0],
+    }
+    assert referee.report()["judge/comparisons"] > 0
+    assert set(map(tuple, bestof.best_of(referee, rankings[3:]).values())) == {(0.0,)}
 
 
 # -- RewardBench v2

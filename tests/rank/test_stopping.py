@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nanorrm.config import UserError
 from nanorrm.judge.verdict import Verdict, majority
-from nanorrm.rank.play import fresh_seed, together
+from nanorrm.rank.play import fresh_seed
 from nanorrm.rank.stopping import AdaptiveJudge, Curtailed, Sequential
 from nanorrm.records import Pair
 
@@ -177,10 +177,10 @@ def test_a_skipped_pair_is_asked_once_and_saves_nothing():
 def test_verdicts_add_up():
     one = Verdict([1, None], [False, True], ["a", "b"], tokens=5, truncated=1)
     two = Verdict([2], [False], ["c"], tokens=3)
-    both = together(one, two)
+    both = one + two
     assert both == Verdict([1, None, 2], [False, True, False], list("abc"), tokens=8, truncated=1)
     assert one.votes == [1, None]  # left as it was
-    assert together(one, Verdict(skipped="gone")).votes == [1, None]
+    assert (one + Verdict(skipped="gone")).votes == [1, None]
 
 
 def test_fresh_seeds_differ_and_repeat():

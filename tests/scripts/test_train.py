@@ -12,7 +12,6 @@ import pytest
 import tiny
 import torch
 
-import train
 from nanorrm.cli import load_preset
 from nanorrm.config import BaseConfig, DpoConfig, JudgeConfig, LossConfig, PolicyConfig, UserError
 from nanorrm.data import toy
@@ -21,7 +20,7 @@ from nanorrm.engine.sampling import SamplingParams
 from nanorrm.model.tokenizer import Tokenizer
 from nanorrm.model.transformer import Transformer
 from nanorrm.train import grpo, packing
-from nanorrm.train.trainer import Trainer
+from nanorrm.train.trainer import Trainer, policy_update
 
 SMALL = ["--threads", 1, "--prompts", 4, "--group", 4, "--eval-pairs", 5, "--eval-every", 1]
 SMALL += ["--max-tokens", 64, "--engine.num-blocks", 1024]
@@ -69,7 +68,7 @@ def update(rollouts, **settings):
     model, questions, groups, advantages = rollouts
     trainer = sgd(copy.deepcopy(model), **settings)
     reference = tiny.model(seed=1, tie_word_embeddings=False) if trainer.cfg.loss.kl else None
-    stats = train.policy_update(trainer, 1, questions, groups, advantages, trainer.cfg, reference)
+    stats = policy_update(trainer, 1, questions, groups, advantages, trainer.cfg, reference)
     return stats, trainer.model
 
 
@@ -132,7 +131,7 @@ def captured(monkeypatch, model, questions, groups):
     monkeypatch.setattr(packing, "deal", lambda s, *more: seen.extend(s) or usual(s, *more))
     advantages = torch.tensor([[1.0, -1.0]] * len(groups))
     trainer = sgd(model)
-    train.policy_update(trainer, 1, questions, groups, advantages, trainer.cfg)
+    policy_update(trainer, 1, questions, groups, advantages, trainer.cfg)
     return seen
 
 
@@ -160,7 +159,7 @@ def test_forced_tokens_are_masked_in_training(tokenizer, monkeypatch, rollouts):
     trainer = sgd(copy.deepcopy(model))
     forced = Completion([257], "", [0.0], [], [True], "length", 0)
     spoken = Completion([65], "", [-1.0], [], [False], "length", 0)
-    stats = train.policy_update(
+    stats = policy_update(
         trainer, 1, [[1, 2]], [[forced, spoken]], torch.tensor([[5.0, 0.0]]), trainer.cfg
     )
     assert stats["grad_norm"] == 0

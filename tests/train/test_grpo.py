@@ -17,7 +17,6 @@ from nanorrm.train.grpo import (
     importance_weights,
     informative,
     kl_penalty,
-    overlong_penalty,
     policy_loss,
     token_weights,
 )
@@ -66,12 +65,6 @@ def test_informative_groups():
     rewards = torch.tensor([[1.0, 1, 1], [-1, -1, 1], [0.1, 0.1, 0.1], [1, -1, -1]])
     assert informative(rewards).tolist() == [False, True, False, True]
     assert (advantages(rewards)[~informative(rewards)].abs() < 1e-6).all()
-
-
-def test_overlong_penalty_refuses_a_buffer_beyond_the_limit():
-    for buffer in (0, 11):
-        with pytest.raises(UserError, match="buffer"):
-            overlong_penalty(torch.tensor([5]), 10, buffer)
 
 
 def test_wrong_settings_are_named():

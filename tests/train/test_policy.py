@@ -216,10 +216,10 @@ def test_a_label_changes_nothing(engine):
 def test_best_of_by_an_oracle_is_right_whenever_any_is(engine):
     queries = ToyQueries(0).held_out(25)
     judge = Oracle({query.text: query.truth for query in queries})
-    ways = watch.best_of(Policy(engine, max_tokens=64), Referee(judge), queries, 8)
+    ways = watch.best_of_n(Policy(engine, max_tokens=64), Referee(judge), queries, 8)
     assert ways["knockout"] == ways["any"]
     assert 0.3 < sum(ways["one"]) / 25 < 0.7 and sum(ways["any"]) > sum(ways["majority"])
-    assert watch.best_of(None, None, [Query("?")], 8) == {}  # no truth is known
+    assert watch.best_of_n(None, None, [Query("?")], 8) == {}  # no truth is known
 
 
 def test_length_correlation_is_within_groups():

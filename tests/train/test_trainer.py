@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from nanorrm.config import BaseConfig, JudgeConfig, UserError
 from nanorrm.engine.sampling import SamplingParams
-from nanorrm.runs import explain
+from nanorrm.runs import Run
 from nanorrm.train import grpo
 from nanorrm.train.trainer import Trainer
 
@@ -157,10 +158,6 @@ def test_schedules_by_hand():
         BaseConfig(schedule="cosin")
 
 
-class FakeRun:
-    folder = Path("nowhere")
-
-
 @pytest.mark.parametrize(
     ("error", "words"),
     [
@@ -168,9 +165,12 @@ class FakeRun:
         (FloatingPointError("the gradient is nan at learning rate 1"), ["nan", "learning-rate"]),
     ],
 )
-def test_what_ends_a_training_says_what_was_saved_and_what_to_change(error, words):
-    with pytest.raises(UserError) as caught, explain(FakeRun, ranks.settings()):
-        raise error
+def test_what_ends_a_training_says_what_was_saved_and_what_to_change(tmp_path, error, words):
+    cfg = replace(ranks.settings(), runs=str(tmp_path), steps=2)
+    with pytest.raises(UserError) as caught, Run("judge", cfg) as run:
+        run.start()
+        for _ in run.steps():
+            raise error
     for word in [*words, "nothing was saved: start again"]:
         assert word in str(caught.value)
 

@@ -1,120 +1,51 @@
 "use strict";
-// The reader of report.html. Text of models enters the page as text nodes only, never as markup.
+// The reader of report.html: it lists, searches and shows the records. What is counted over them
+// (outcomes, filters, remarks, tables) report.py has put into `page` of each. Text of models enters
+// as text nodes only, never as markup.
 
 const $ = (id) => document.getElementById(id);
 const records = JSON.parse($("records").textContent);
-const byId = new Map(records.filter((r) => r.kind === "pair").map((r) => [String(r.id), r]));
 const ROW = 54; // height of a list row in px, as in the style sheet
-const MARKS = {
-  right: "✓", wrong: "✗", tied: "=", invalid: "?", skipped: "–", judged: "•",
-};
 let needle = null; // RegExp of the text searched for
-let shown = []; // indices of the records that pass the filters
-let at = -1; // place in `shown` of the record on display
 let filter = "all";
-let wait; // timer of the search
-let linked; // timer of the address, which is a link to the record
+let shown = []; // indices of the records that pass
+let at = -1; // place in `shown` of the record on display
+let searching, linking; // timers of the search, and of the address, which is a link to the record
 
 /** An element: el("p", { class: "x", onclick: f }, children...); strings become text nodes. */
 function el(name, attributes = {}, ...children) {
-  return fill(document.createElement(name), attributes, children);
-}
-
-function svg(name, attributes = {}, ...children) {
-  return fill(document.createElementNS("http://www.w3.org/2000/svg", name), attributes, children);
-}
-
-function fill(node, attributes, children) {
+  const node = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) {
     if (typeof value === "function") node.addEventListener(key.slice(2), value);
-    else if (value !== null && value !== false) node.setAttribute(key, value === true ? "" : value);
+    else if (value !== false) node.setAttribute(key, value === true ? "" : value);
   }
-  node.append(...children.filter((child) => child !== null));
+  node.append(...children.flat().filter(Boolean));
   return node;
 }
 
-/** Text from outside as nodes, what was searched for marked. */
-function marked(text) {
-  if (!needle) return [text];
-  const out = [];
+/** Text from outside in a box, what was searched for marked. */
+function textBox(value, kind = "") {
+  const text = String(value ?? "");
+  const parts = [];
   let end = 0;
-  for (const hit of text.matchAll(new RegExp(needle, "gi"))) {
-    out.push(text.slice(end, hit.index), el("mark", {}, hit[0]));
+  for (const hit of needle ? text.matchAll(needle) : []) {
+    parts.push(text.slice(end, hit.index), el("mark", {}, hit[0]));
     end = hit.index + hit[0].length;
   }
-  return [...out, text.slice(end)];
+  return el("div", { class: `text ${kind}`, dir: "auto" }, parts, text.slice(end));
 }
 
-const textBox = (text) => el("div", { class: "text", dir: "auto" }, ...marked(String(text ?? "")));
-const tag = (words, kind = "") => el("span", { class: `tag ${kind}` }, words);
-const percent = (share) => `${Math.round(share * 100)}%`;
-const plural = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
-
-// -- what a record says
-
-function majority(votes) {
-  const lead = votes.reduce((sum, v) => sum + (v.vote === 1) - (v.vote === 2), 0);
-  return Math.sign(lead); // 1: a, -1: b, 0: neither
-}
-
-/** Whether the two orders of a pair, each by its own votes, name different responses. */
-function inconsistent(votes) {
-  const given = majority(votes.filter((v) => !v.swapped));
-  return given * majority(votes.filter((v) => v.swapped)) === -1;
-}
-
-/** All votes of a record, those of a tournament's matches too. */
-function votesOf(record) {
-  if (record.kind !== "ranking") return record.votes ?? [];
-  return (record.rounds ?? []).flat().flatMap((m) => (Array.isArray(m[3]) ? m[3] : []));
-}
-
-/** Whether a response of a ranking is as good as any, by the truth; null if that is unknown. */
-function isGood(record, i) {
-  const truth = record.truth?.[i];
-  if (truth === null || truth === undefined) return null;
-  return Number(truth) > 0 && Number(truth) === Math.max(...record.truth.map(Number));
-}
-
-function outcomeOf(record) {
-  if (record.kind === "ranking") {
-    const good = isGood(record, record.champion);
-    return good === null ? "judged" : good ? "right" : "wrong";
-  }
-  const unlabelled = record.label === null || record.label === undefined;
-  if (unlabelled && ["right", "wrong"].includes(record.outcome)) return "judged";
-  return MARKS[record.outcome] ? record.outcome : "judged";
-}
-
-function queryText(query) {
-  return Array.isArray(query) ? query.map((m) => m.content).join("\n") : String(query ?? "");
-}
+const span = (kind, words) => el("span", { class: kind }, words);
+const found = (text) => needle !== null && String(text ?? "").search(needle) >= 0;
+const turns = ({ query }) => (Array.isArray(query) ? query : [{ content: query }]);
 
 /** Every text of a record that the search looks through. */
-function textsOf(record) {
-  const own = [record.id, record.source, record.section, queryText(record.query)];
-  const thoughts = votesOf(record).map((v) => v.thought);
-  return [...own, record.a, record.b, ...(record.responses ?? []), ...thoughts];
+function texts(record) {
+  const votes = record.votes ?? record.rounds.flat().flatMap((game) => game[3] ?? []);
+  const { id, source, section, a, b, responses = [] } = record;
+  const said = [...turns(record).map((turn) => turn.content), ...votes.map((v) => v.thought)];
+  return [id, source, section, a, b, ...responses, ...said];
 }
-
-const facts = records.map((record) => ({
-  outcome: outcomeOf(record),
-  section: String(record.section || record.source || ""),
-  inconsistent: record.kind !== "ranking" && inconsistent(votesOf(record)),
-  unreadable: votesOf(record).some((v) => v.vote === null),
-  ranking: record.kind === "ranking",
-}));
-
-const FILTERS = {
-  all: () => true,
-  right: (f) => f.outcome === "right",
-  wrong: (f) => f.outcome === "wrong",
-  tied: (f) => f.outcome === "tied",
-  inconsistent: (f) => f.inconsistent,
-  invalid: (f) => f.unreadable || f.outcome === "invalid",
-  skipped: (f) => f.outcome === "skipped",
-  rankings: (f) => f.ranking,
-};
 
 // -- the list: only the rows in view exist
 
@@ -122,50 +53,49 @@ function drawRows() {
   const list = $("list");
   const first = Math.max(0, Math.floor(list.scrollTop / ROW) - 5);
   const last = Math.min(shown.length, Math.ceil((list.scrollTop + list.clientHeight) / ROW) + 5);
-  const rows = [];
-  for (let place = first; place < last; place++) rows.push(row(place));
-  $("rows").replaceChildren(...rows);
+  const places = Array.from({ length: Math.max(0, last - first) }, (_, i) => first + i);
+  $("rows").replaceChildren(...places.map(row));
   $("rows").style.height = `${shown.length * ROW}px`;
-  if (at >= first && at < last) list.setAttribute("aria-activedescendant", `row-${shown[at]}`);
+  if (places.includes(at)) list.setAttribute("aria-activedescendant", `row-${shown[at]}`);
   else list.removeAttribute("aria-activedescendant");
 }
 
 function row(place) {
-  const index = shown[place];
-  const [record, fact] = [records[index], facts[index]];
-  const kind = fact.ranking ? `ranking of ${record.responses.length}` : fact.section;
-  const badge = tag(`${MARKS[fact.outcome]} ${fact.outcome}`, fact.outcome);
-  const flip = fact.inconsistent ? tag("⇄", "tied") : null;
-  if (flip) fill(flip, { title: "the orders disagree" }, []);
-  const snippet = queryText(record.query).slice(0, 200).replace(/\s+/g, " ");
+  const record = records[shown[place]];
+  const { outcome, badge, kind, filters } = record.page;
+  const flip = { class: "tag tied", title: "the orders disagree" };
+  const start = turns(record).map((turn) => turn.content).join("\n").slice(0, 200);
   return el(
     "div",
     {
-      class: "row", role: "option", id: `row-${index}`, "aria-selected": String(place === at),
-      "aria-posinset": place + 1, "aria-setsize": shown.length, style: `top: ${place * ROW}px`,
+      class: "row", role: "option", id: `row-${shown[place]}`,
+      "aria-selected": String(place === at), "aria-posinset": place + 1,
+      "aria-setsize": shown.length, style: `top: ${place * ROW}px`,
       onclick: () => show(place),
     },
-    el("div", { class: "top" }, badge, flip, el("span", {}, [record.id, kind].join(" · "))),
-    el("div", { dir: "auto" }, snippet || "(no query)"),
+    el(
+      "div", { class: "top" }, span(`tag ${outcome}`, badge),
+      filters.includes("inconsistent") && el("span", flip, "⇄"),
+      span("", `${record.id} · ${kind}`),
+    ),
+    el("div", { dir: "auto" }, start.replace(/\s+/g, " ") || "(no query)"),
   );
 }
 
 function apply() {
   const before = shown[at];
-  const section = $("section").value;
+  const section = $("section")?.selectedIndex;
   const plain = $("search").value.trim().replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
-  needle = plain ? new RegExp(plain, "i") : null;
-  shown = [];
-  for (let i = 0; i < records.length; i++) {
-    if (!FILTERS[filter](facts[i]) || (section && facts[i].section !== section)) continue;
-    if (needle && !textsOf(records[i]).some((t) => t && needle.test(t))) continue;
-    shown.push(i);
-  }
+  needle = plain ? new RegExp(plain, "gi") : null;
+  const fits = (record) =>
+    record.page.filters.includes(filter) && (!section || record.page.section === section) &&
+    (!needle || texts(record).some(found));
+  shown = [...records.keys()].filter((i) => fits(records[i]));
   for (const button of $("filters").children) {
     button.setAttribute("aria-pressed", String(button.dataset.name === filter));
   }
-  const found = shown.length.toLocaleString("en");
-  $("count").textContent = `${found} of ${plural(records.length, "record")}`;
+  const [some, all] = [shown.length, records.length].map((n) => n.toLocaleString("en"));
+  $("count").textContent = `${some} of ${all} record${records.length === 1 ? "" : "s"}`;
   show(Math.max(0, shown.indexOf(before)));
 }
 
@@ -176,152 +106,102 @@ function show(place) {
     detail.replaceChildren(el("p", { id: "empty" }, "Nothing matches."));
     return drawRows();
   }
-  if (at * ROW < list.scrollTop) list.scrollTop = at * ROW;
   const low = (at + 1) * ROW - list.clientHeight;
-  if (low > list.scrollTop) list.scrollTop = low;
+  list.scrollTop = Math.max(low, Math.min(list.scrollTop, at * ROW));
   drawRows();
   const record = records[shown[at]];
-  detail.replaceChildren(...(record.kind === "ranking" ? ranking(record) : pair(record)));
+  const body = record.votes ? pair(record) : ranking(record);
+  detail.replaceChildren(...heading(record), ...body, ...meta(record));
   detail.scrollTop = 0;
-  clearTimeout(linked); // browsers refuse hundreds of these in a row, as from a key held down
+  clearTimeout(linking); // browsers refuse hundreds of these in a row, as from a key held down
   const link = `#${shown[at] + 1}`;
-  linked = setTimeout(() => history.replaceState(null, "", link), 250);
+  linking = setTimeout(() => history.replaceState(null, "", link), 250);
 }
 
-// -- one comparison
+// -- one record
 
-function heading(record, words) {
-  const fact = facts[shown[at]];
+function heading(record) {
+  const { outcome, badge, words } = record.page;
   const place = [record.source, record.section].filter(Boolean).join(" / ");
+  const turn = ({ role, content }) =>
+    el("div", { class: "turn" }, role && el("h3", {}, role), textBox(content));
+  return [
+    el(
+      "header", {}, el("h2", { class: "text" }, String(record.id)), span(`tag ${outcome}`, badge),
+      place && span("soft", place), span("soft", words),
+    ),
+    el("h3", {}, "Query"),
+    el("section", { class: "box" }, turns(record).map(turn)),
+  ];
+}
+
+/** A response with what there is to remark about it: [[words, kind], ...]. */
+function response(name, text, remarks, chosen) {
+  const tags = remarks.map(([words, kind]) => span(`tag ${kind}`, words));
+  const head = el("h3", {}, span("tag", name), tags);
+  return el("section", { class: `box ${chosen ? "chosen" : ""}` }, head, textBox(text));
+}
+
+/** A vote with its thinking; names: of the two responses. */
+function voteBox({ vote, swapped, thought, tokens, finish_reason: reason }, number, names, open) {
+  const says = vote === null ? ["unreadable", "can’t be read"] : ["", `says ${names[vote - 1]}`];
+  const facts = [`vote ${number}`, `shown ${(swapped ? [...names].reverse() : names).join(", ")}`];
+  facts.push(`${tokens} token${tokens === 1 ? "" : "s"}`);
+  if (reason === "length") facts.push("ran into the token limit");
   return el(
-    "header", {}, el("h2", { class: "text" }, String(record.id ?? "")),
-    tag(`${MARKS[fact.outcome]} ${fact.outcome}`, fact.outcome),
-    place ? el("span", { class: "soft" }, place) : null,
-    el("span", { class: "soft" }, words),
+    "details", { class: "box vote", open: open || found(thought) },
+    el("summary", {}, span(`tag ${says[0]}`, says[1]), facts.map((fact) => span("soft", fact))),
+    thought ? textBox(thought) : textBox("no thinking", "soft"),
   );
 }
 
-function query(record) {
-  const turns = Array.isArray(record.query) ? record.query : [{ content: record.query }];
-  const named = (turn) => (turn.role ? el("h3", {}, turn.role) : null);
-  const shape = (turn) => el("div", { class: "turn" }, named(turn), textBox(turn.content));
-  return [el("h3", {}, "Query"), el("section", { class: "box" }, ...turns.map(shape))];
-}
-
-function response(title, text, chosen, tags) {
-  return el(
-    "section", { class: `box ${chosen ? "chosen" : ""}` },
-    el("h3", {}, tag(title), ...tags), textBox(text),
-  );
-}
-
-function twoResponses(names, texts, winner, label) {
-  const cards = texts.map((text, i) => {
-    const tags = [];
-    if (winner === i + 1) tags.push(tag("judge’s choice"));
-    if (label === i + 1) tags.push(tag("better by the label", "right"));
-    return response(names[i], text, winner === i + 1, tags);
-  });
-  return el("div", { class: "two" }, ...cards);
-}
-
+/** The votes; if there is much to read only the first is open. */
 function votesList(votes, names) {
-  const long = votes.reduce((sum, v) => sum + (v.thought ?? "").length, 0) > 4000;
-  return votes.map((v, i) => {
-    const read = v.vote !== null;
-    const says = read ? tag(`says ${names[v.vote - 1]}`) : tag("can’t be read", "invalid");
-    const order = (v.swapped ? [...names].reverse() : names).join(", ");
-    const facts = [`vote ${i + 1}`, `shown ${order}`];
-    if (v.tokens !== null && v.tokens !== undefined) facts.push(plural(v.tokens, "token"));
-    if (v.finish_reason === "length") facts.push("ran into the token limit");
-    const hit = needle && needle.test(v.thought ?? "");
-    return el(
-      "details", { class: "box vote", open: hit || !long || i === 0 },
-      el("summary", {}, says, ...facts.map((fact) => el("span", { class: "soft" }, fact))),
-      v.thought ? textBox(v.thought) : el("div", { class: "text soft" }, "no thinking"),
-    );
-  });
+  const short = votes.reduce((sum, v) => sum + v.thought.length, 0) <= 4000;
+  return votes.map((vote, i) => voteBox(vote, i + 1, names, short || i === 0));
 }
 
 function pair(record) {
-  const votes = record.votes ?? [];
-  const valid = votes.filter((v) => v.vote !== null).length;
-  const words = [];
-  if (valid) words.push(`${percent(record.p_first)} of ${plural(valid, "readable vote")} for a`);
-  if (votes.length > valid) words.push(`${votes.length - valid} unreadable`);
-  if (inconsistent(votes)) words.push("the orders disagree");
+  const card = (name, i) =>
+    response(name, record[name], record.page.remarks[i], record.winner === i + 1);
   return [
-    heading(record, words.join(", ")),
-    ...query(record),
-    twoResponses(["a", "b"], [record.a, record.b], record.winner, record.label),
-    el("h3", {}, votes.length ? "Thinking" : "No votes"),
-    ...votesList(votes, ["a", "b"]),
-    ...meta(record),
+    el("div", { class: "two" }, ["a", "b"].map(card)),
+    el("h3", {}, record.votes.length ? "Thinking" : "No votes"),
+    ...votesList(record.votes, ["a", "b"]),
   ];
 }
 
 function meta(record) {
-  const entries = Object.entries(record.meta ?? {});
   const said = (value) => (typeof value === "string" ? value : JSON.stringify(value));
   const line = ([key, value]) =>
     el("tr", {}, el("th", {}, key), el("td", { class: "text meta" }, said(value)));
-  if (!entries.length) return [];
-  return [el("h3", {}, "Also recorded"), el("table", {}, ...entries.map(line))];
+  const entries = Object.entries(record.meta);
+  return entries.length ? [el("h3", {}, "Also recorded"), el("table", {}, entries.map(line))] : [];
 }
 
 // -- controls
 
-function controls() {
-  for (const [key, test] of Object.entries(FILTERS)) {
-    const n = facts.filter(test).length;
-    if (!n && key !== "all" && key !== "wrong") continue;
-    const choose = () => {
-      filter = key;
-      apply();
-    };
-    const count = el("span", {}, n.toLocaleString("en"));
-    $("filters").append(
-      el("button", { type: "button", "data-name": key, onclick: choose }, key, count),
-    );
-  }
-  const sections = [...new Set(facts.map((f) => f.section))].sort();
-  if (sections.length > 1) {
-    const option = (s) => el("option", { value: s }, s || "(none)");
-    const all = el("option", { value: "" }, "all sections");
-    $("section").append(all, ...sections.filter(Boolean).map(option));
-    $("section").hidden = false;
-  }
-  $("section").addEventListener("change", apply);
-  $("search").addEventListener("input", () => {
-    clearTimeout(wait);
-    wait = setTimeout(apply, 150);
-  });
-  $("list").addEventListener("scroll", () => requestAnimationFrame(drawRows));
-  addEventListener("resize", drawRows);
-  addEventListener("hashchange", fromHash);
-  addEventListener("keydown", onKey);
-}
-
 function onKey(event) {
-  const target = event.target;
+  const { target, key } = event;
+  const [list, search] = [$("list"), $("search")];
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (target === $("search")) {
-    if (event.key !== "Escape" && event.key !== "Enter") return;
-    clearTimeout(wait);
+  if (target === search) {
+    if (key !== "Escape" && key !== "Enter") return;
+    clearTimeout(searching);
     apply();
-    $("list").focus();
+    list.focus();
     return event.preventDefault(); // Escape would empty the field
   }
   if (target.matches("input, select, textarea")) return;
-  const free = target === document.body || target === $("list"); // elsewhere arrows scroll
-  const page = Math.max(1, Math.floor($("list").clientHeight / ROW) - 1);
+  const page = Math.max(1, Math.floor(list.clientHeight / ROW) - 1);
   const moves = { j: 1, k: -1 };
+  const free = target === document.body || target === list; // elsewhere arrows scroll
   if (free) Object.assign(moves, { ArrowDown: 1, ArrowUp: -1 });
-  if (target === $("list")) {
+  if (target === list) {
     Object.assign(moves, { PageDown: page, PageUp: -page, Home: -1e9, End: 1e9 });
   }
-  if (event.key in moves && shown.length) show(at + moves[event.key]);
-  else if (event.key === "/") $("search").select();
+  if (key in moves && shown.length) show(at + moves[key]);
+  else if (key === "/") search.select();
   else return;
   event.preventDefault();
 }
@@ -334,7 +214,19 @@ function fromHash() {
 if (records.length) {
   const wanted = location.hash;
   $("reader").hidden = false;
-  controls();
+  $("filters").addEventListener("click", ({ target }) => {
+    filter = target.closest("button")?.dataset.name ?? filter;
+    apply();
+  });
+  $("section")?.addEventListener("change", apply);
+  $("search").addEventListener("input", () => {
+    clearTimeout(searching);
+    searching = setTimeout(apply, 150);
+  });
+  $("list").addEventListener("scroll", () => requestAnimationFrame(drawRows));
+  addEventListener("resize", drawRows);
+  addEventListener("hashchange", fromHash);
+  addEventListener("keydown", onKey);
   apply();
   if (/^#\d+$/.test(wanted)) {
     location.hash = wanted;

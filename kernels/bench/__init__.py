@@ -1,0 +1,1 @@
+"""`python -m kernels.bench`: how fast the kernels are (see `__main__.py`)."""
