@@ -6,6 +6,7 @@ import importlib
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,15 @@ def test_the_spine_is_what_the_readme_says():
     assert said == {name: str(count) for name, count in lines.items()}
     (promised,) = re.findall(r"([\d,]+) lines of\s+plain PyTorch", text)
     assert int(promised.replace(",", "")) == sum(lines.values()) <= 2900
+
+
+def test_every_wing_is_packaged():
+    """What setuptools finds by pyproject.toml is every folder that holds a module."""
+    find_packages = pytest.importorskip("setuptools").find_packages
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+    folders = {path.parent for path in FILES if path.parts[-2] != ROOT.name}
+    wanted = {".".join(folder.relative_to(ROOT).parts) for folder in folders} - {"experiments"}
+    assert set(find_packages(str(ROOT), **settings["packages"]["find"])) == wanted
 
 
 def test_packages_import_nothing():
