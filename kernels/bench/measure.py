@@ -3,17 +3,16 @@
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
+from torch.utils.benchmark import Timer
 
 from kernels.bench.cases import MODELS, cases
 from kernels.triton_compat import triton
 
 SILENCE = 150  # seconds without a word after which the child counts as hung
 SHORT = 1e-3  # seconds; below it a call is captured in a graph
-
-kept = {}  # one case -> its inputs, made once for neighbours; the old go before the new are made
 
 
 def percentiles(times):
@@ -28,13 +27,24 @@ def percentiles(times):
 
 def time_cpu(call, seconds, graph=False):
     """As `time_cuda`, on a CPU: (times, False, None)."""
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=seconds).times, False, None
+
+
+def time_cuda(call, seconds, graph=True):
+    """Times in seconds of three calls or more; was a graph used; peak memory of a call, MiB."""
+    call()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before, begin = torch.cuda.memory_allocated(), time.perf_counter()
     call()
-    times, end = [], time.perf_counter() + seconds
-    while len(times) < 3 or (time.perf_counter() < end and len(times) < 100):
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
-    return times, False, None
+    torch.cuda.synchronize()
+    once = time.perf_counter() - begin
+    peak = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    replay = captured(call) if graph and once < SHORT else None
+    rep = 1e3 * max(seconds, 4 * once)
+    times = triton.testing.do_bench(replay or call, rep=rep, return_mode="all")
+    return [ms / 1e3 for ms in times], replay is not None, peak
 
 
 def captured(call):
@@ -55,22 +65,6 @@ def captured(call):
         torch.cuda.synchronize()
 
 
-def time_cuda(call, seconds, graph=True):
-    """Times in seconds of three calls or more; was a graph used; peak memory of a call, MiB."""
-    call()  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before, begin = torch.cuda.memory_allocated(), time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    once = time.perf_counter() - begin
-    peak = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-    replay = captured(call) if graph and once < SHORT else None
-    rep = 1e3 * max(seconds, 4 * once)
-    times = triton.testing.do_bench(replay or call, rep=rep, return_mode="all")
-    return [ms / 1e3 for ms in times], replay is not None, peak
-
-
 TIMERS = {"cpu": time_cpu, "cuda": time_cuda}
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
@@ -84,16 +78,15 @@ def ceilings(device, seconds):
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     a, b = (torch.randn(n, n, device=device, dtype=DTYPES[device]) for _ in range(2))
-    timer = TIMERS[device]
-    copy = percentiles(timer(lambda: target.copy_(source), seconds)[0])["p50"] / 1e6
-    product = percentiles(timer(lambda: a @ b, seconds)[0])["p50"] / 1e6
-    return {"copy": 2 * size / copy, "matmul": 2 * n**3 / product}
+    calls = lambda: target.copy_(source), lambda: a @ b
+    copy, matmul = (percentiles(TIMERS[device](f, seconds)[0])["p50"] / 1e6 for f in calls)
+    return {"copy": 2 * size / copy, "matmul": 2 * n**3 / matmul}
 
 
-def named(case, name):
-    """What a row begins with."""
-    row = {"op": case.op, "phase": case.phase, "model": case.model, "shape": case.shape}
-    return row | {"impl": name}
+@lru_cache(maxsize=1)
+def inputs(case, device):
+    """Made once for the implementations that follow each other."""
+    return case.inputs(device, DTYPES[device])
 
 
 def first_line(error):
@@ -102,13 +95,9 @@ def first_line(error):
 
 def measure(case, name, device, seconds, ceiling):
     """One row: an implementation at a case. Failing is a row, too; raises if the GPU is lost."""
-    row = named(case, name)
+    row = case.row(name)
     try:
-        if case not in kept:
-            kept.clear()
-            torch.manual_seed(0)
-            kept[case] = case.inputs(device, DTYPES[device])
-        call = case.calls[name](*kept[case])
+        call = case.calls[name](*inputs(case, device))
         times, graph, peak = TIMERS[device](call, seconds, case.phase == "forward")
     except Exception as error:
         for cause in (error, error.__cause__):
@@ -160,15 +149,15 @@ def rows(ceiling, seconds, chosen, deadline, work=work, silence=SILENCE):
     pool = None
     try:
         for number, (case, name) in enumerate(plan(*chosen)):
-            row = named(case, name)
             if time.time() > deadline:
-                yield row | {"error": "skipped: out of time"}
+                yield case.row(name) | {"error": "skipped: out of time"}
                 continue
             pool = pool or ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
             try:
                 row = pool.submit(work, number, ceiling, seconds, chosen).result(silence)
             except Exception as error:
-                row["error"] = "timed out" if isinstance(error, TimeoutError) else first_line(error)
+                why = "timed out" if isinstance(error, TimeoutError) else first_line(error)
+                row = case.row(name) | {"error": why}
                 end_children()
                 pool = None
             yield row

@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import math
 import os
 import re
 import shutil
@@ -44,10 +45,10 @@ def test_a_peer_that_takes_twice_as_long_has_ratio_two(capsys, tmp_path, monkeyp
         case = cases("swiglu", small=True)[0]
         for name, us in ("triton", 50.0), ("torch", 100.0):
             spent = {"us": {"p20": us, "p50": us, "p80": us}, "tflops": 0.0, "gbs": 2000 / us}
-            yield measure.named(case, name) | spent | {
+            yield case.row(name) | spent | {
                 "bound": "copy", "share": 0.5, "peak_mib": 3.0, "graph": True
             }  # fmt: skip
-        yield measure.named(case, "liger") | {"missing": "liger_kernel"}
+        yield case.row("liger") | {"missing": "liger_kernel"}
 
     monkeypatch.setattr(bench, "rows", rows)
     bench.main(["swiglu", "--seconds", "0.001", "--plot", str(tmp_path / "picture.svg")])
@@ -136,7 +137,7 @@ def test_a_failing_call_is_a_row():
     found = {n: measure.measure(case, n, "cpu", 0, CEILING) for n in case.calls}
     assert found["broken"]["error"] == "RuntimeError: boom"
     assert found["absent"]["missing"] == found["wrapped"]["missing"] == "some_peer"
-    measure.kept.clear()
+    measure.inputs.cache_clear()
     case.make = failing(RuntimeError("out of memory"))
     assert "out of memory" in measure.measure(case, "broken", "cpu", 0, CEILING)["error"]
     assert all(bench.line(row) for row in found.values())
@@ -163,7 +164,7 @@ CHOSEN = ("swiglu", "rms_norm", "rope_write"), "cpu", True
 def test_a_crash_a_hang_and_a_lost_gpu_cost_one_row_each():
     """Numbers 1, 2 and 3; each is the end of its process."""
     found = list(measure.rows(CEILING, 0, CHOSEN, float("inf"), children.misbehaving, silence=5))
-    names = [measure.named(case, name) for case, name in measure.plan(*CHOSEN)]
+    names = [case.row(name) for case, name in measure.plan(*CHOSEN)]
     assert found[0]["number"] == 0 and found[4]["number"] == 4 and len(found) == 5
     assert found[0]["process"] != found[4]["process"] != os.getpid()
     assert found[1].pop("error").startswith("BrokenProcessPool: A process")
@@ -226,27 +227,29 @@ def test_tuning_rewrites_the_table(little, tmp_path, capsys, monkeypatch):
     assert scope["TILES"] == tiles.TILES
 
 
-def test_rewriting_the_table():
+@pytest.mark.parametrize("op", ["attention_dq", "attention_delta"])  # a list of lines, of one line
+def test_rewriting_the_table(op):
     """A tuned row comes first, replaces the one tuned before, and the file still loads."""
     source = Path(tiles.__file__).read_text()
     limits = {"bytes": 2, "D": 128}
     for BM in (32, 256):
         values = {"BM": BM, "BN": 64, "num_warps": 4, "num_stages": 2}
-        source = tune.rewrite(source, "attention_dq", "sm_90", limits, values, "measured")
+        source = tune.rewrite(source, op, limits, "sm_90", values, "measured")
     scope = {}
     exec(compile(source, "tiles.py", "exec"), scope)
-    assert scope["tile"]("attention_dq", "sm_90", **limits)["BM"] == 256
-    before = tiles.tile("attention_dq", "sm_100", **limits)
-    assert scope["tile"]("attention_dq", "sm_100", **limits) == before
-    assert len(scope["TILES"]["attention_dq"]) == len(tiles.TILES["attention_dq"]) + 1
+    assert scope["tile"](op, "sm_90", **limits)["BM"] == 256
+    before = tiles.tile(op, "sm_100", **limits)
+    assert scope["tile"](op, "sm_100", **limits) == before
+    assert len(scope["TILES"][op]) == len(tiles.TILES[op]) + 1
+    assert {*scope["TILES"]} == {*tiles.TILES}
     assert len(re.findall("measured\n", source)) == 1
     with pytest.raises(ValueError, match="no list for nothing"):
-        tune.rewrite(source, "nothing", "sm_90", {}, {}, "")
+        tune.rewrite(source, "nothing", {}, "sm_90", {}, "")
 
 
 def test_descent_skips_what_does_not_run():
     def time_of(values):
-        return None if values["BM"] > 64 else 1 / values["BM"]
+        return math.inf if values["BM"] > 64 else 1 / values["BM"]
 
     best, spent, _ = tune.descend({"BM": 16, "num_warps": 4}, time_of)
     assert best["BM"] == 64 and spent == 1 / 64
