@@ -6,19 +6,16 @@
     python -m kernels.bench --quick                 Qwen2.5-7B only, fewer repetitions
     python -m kernels.bench --tune [op ...]         try tiles, rewrite the table in tiles.py
 
-First the ceilings, in the same run: bytes a second of a large copy, and operations a second of a
-large bf16 product. Then each operation at shapes of Qwen2.5-0.5B to 32B: 20th, 50th and 80th
-percentile of the time, the share of the ceiling that the operation's least bytes or operations
-come to at the median, and the peak of memory beyond the inputs. `ratio` is a peer's median over
-ours: 2.0 means that ours takes half the time.
+First the ceilings, in the same run: bytes a second of a large copy, operations a second of a large
+bf16 product. Then each operation at shapes of Qwen2.5-0.5B to 32B: 20th, 50th and 80th percentile
+of the time, the share of the ceiling that its least bytes or operations come to at the median, and
+the peak of memory beyond the inputs. `ratio` is a peer's median over ours: 2.0 means that ours
+takes half the time. The last line of stdout is all results as one JSON object.
 
-Times are Triton's `do_bench`: CUDA events around one call, with a write larger than the L2 cache
-before each, so that no input is found there by luck. Calls below a millisecond are captured in a
-CUDA graph where that is possible (`graph`), else launching from Python would be measured.
-
-A child process measures: a kernel that crashes or hangs costs its own line and no other. Without a
-GPU the PyTorch references are measured at small shapes, which shows that the program works and
-says nothing about the kernels. The last line of stdout is all results as one JSON object.
+Times are Triton's `do_bench`, which clears the L2 cache before each call. Calls below a millisecond
+are captured in a CUDA graph where that is possible (`graph`), else launching from Python would be
+measured. A kernel that crashes or hangs costs its own line and no other. Without a GPU the PyTorch
+references are measured at small shapes, which says nothing about the kernels.
 """
 
 import argparse
@@ -31,7 +28,7 @@ from pathlib import Path
 import torch
 
 from kernels.bench.cases import OPS
-from kernels.bench.measure import ceilings, rows
+from kernels.bench.measure import ceilings, plan, rows
 from kernels.bench.peers import versions
 from kernels.bench.plot import plot
 from kernels.bench.tune import tune
@@ -58,18 +55,10 @@ def line(row):
     if "us" not in row:
         return text + (row.get("error") or f"missing: {row['missing']}")
     us = row["us"]
-    text += f"{us['p50']:>10.1f} us ({us['p20']:.1f} to {us['p80']:.1f})"
     rate = f"{row['gbs']:>8.0f} GB/s" if row["bound"] == "copy" else f"{row['tflops']:>8.1f} TF/s"
-    text += f"{rate}{row['share']:>7.1%}"
+    text += f"{us['p50']:>10.1f} us ({us['p20']:.1f} to {us['p80']:.1f}){rate}{row['share']:>7.1%}"
     text += "" if row["peak_mib"] is None else f"{row['peak_mib']:>9.0f} MiB"
     return text + (f"  x{row['ratio']:.2f}" if "ratio" in row else "")
-
-
-def write(path, results):
-    """As JSON beside the file, which is then replaced: a reader never finds half of it."""
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(json.dumps(results, indent=1))
-    beside.replace(path)
 
 
 def parse(argv):
@@ -92,7 +81,7 @@ def main(argv=None):
     deadline = time.time() + 60 * args.minutes
     device = "cuda" if torch.cuda.is_available() else "cpu"
     seconds = args.seconds or (0.1 if args.quick or device == "cpu" else 0.3)
-    ops = tuple(OPS if "all" in args.ops else args.ops)
+    ops = OPS if "all" in args.ops else args.ops
     if args.tune:
         if device == "cpu":
             sys.exit("kernels.bench --tune: measures on a GPU, and there is none here")
@@ -112,7 +101,7 @@ def main(argv=None):
     print(f"ceilings: copy {copy:,.0f} GB/s, product {matmul:,.2f} TFLOP/s\n", flush=True)
     results = {"machine": machine, "ceilings": ceiling, "rows": []}
     medians = {}  # of ours, by case
-    for row in rows(ceiling, seconds, (ops, device, args.quick), deadline):
+    for row in rows(plan(ops, device, args.quick), deadline, device, seconds, ceiling):
         case = row["op"], row["phase"], row["model"], row["shape"]
         if "us" in row and row["impl"] == "triton":
             medians[case] = row["us"]["p50"]
@@ -120,8 +109,10 @@ def main(argv=None):
             row["ratio"] = round(row["us"]["p50"] / medians[case], 3)
         results["rows"].append(row)
         print(line(row), flush=True)
-        if args.json:
-            write(args.json, results)
+        if args.json:  # beside it and then renamed: a reader never finds half a file
+            beside = args.json.with_name(f".{args.json.name}.part")
+            beside.write_text(json.dumps(results, indent=1))
+            beside.replace(args.json)
     if args.plot:
         plot(results, args.plot)
     print(json.dumps(results))

@@ -7,14 +7,14 @@ bf16 that must move at least; the inputs.
 
 from collections import namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 
 import torch
 
 import kernels
-from kernels.bench.peers import PEERS, always, compiled
+from kernels.bench.peers import PEERS, compiled
 
 Model = namedtuple("Model", "hidden heads kv_heads D mlp vocab")  # what shapes come from
 MODELS = {  # Qwen2.5
@@ -121,9 +121,9 @@ OPS = {  # by their names in `kernels`
 }
 
 
-@dataclass(eq=False)
+@dataclass(unsafe_hash=True)
 class Case:
-    """An operation at one shape in one phase, and all who are measured there."""
+    """An operation at one shape in one phase, and all who are measured there. Can be pickled."""
 
     op: str
     phase: str  # "forward" | "backward" | "forward+backward"
@@ -131,8 +131,9 @@ class Case:
     shape: str
     flops: float
     bytes: float
-    make: Callable  # randn -> what `OPS[op].make` returns
-    calls: dict  # "triton", "torch", a peer -> function(*inputs) -> function() that is to be timed
+    make: Callable = field(compare=False)  # randn -> what `OPS[op].make` returns
+    # "triton", "torch", a peer -> function(*inputs) -> function() that is to be timed
+    calls: dict = field(compare=False)
 
     def row(self, impl):
         """What the row of an implementation begins with."""
@@ -155,9 +156,9 @@ def cases(op, models=MODELS, small=False):
     entry, kernel, found = OPS[op], getattr(kernels, op), []
     models = SMALL if small else models | (QUOTED if op == "logprob" else {})
     ours = {
-        "triton": always(kernel, impl="triton"),
-        "torch": always(kernel, impl="torch"),
-        "compiled": compiled(kernel, impl="torch"),
+        "triton": partial(partial, kernel, impl="triton"),
+        "torch": partial(partial, kernel, impl="torch"),
+        "compiled": partial(compiled, kernel, impl="torch"),
     }
     for model, size in product(models, [entry.small] if small else entry.sizes):
         make = partial(entry.make, models[model], *size)

@@ -3,7 +3,7 @@
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 from torch.utils.benchmark import Timer
@@ -96,13 +96,13 @@ def first_line(error):
 def measure(case, name, device, seconds, ceiling):
     """One row: an implementation at a case. Failing is a row, too; raises if the GPU is lost."""
     row = case.row(name)
+    torch.cuda.empty_cache()  # of the row before
     try:
         call = case.calls[name](*inputs(case, device))
         times, graph, peak = TIMERS[device](call, seconds, case.phase == "forward")
+    except ImportError as error:
+        return row | {"missing": error.name or str(error)}
     except Exception as error:
-        for cause in (error, error.__cause__):
-            if isinstance(cause, ImportError):
-                return row | {"missing": cause.name or str(cause)}
         if device == "cuda":
             torch.cuda.synchronize()  # raises again if the context is lost
         return row | {"error": first_line(error)}
@@ -110,18 +110,11 @@ def measure(case, name, device, seconds, ceiling):
     s = spent["p50"] / 1e6
     least = {"matmul": case.flops / ceiling["matmul"], "copy": case.bytes / ceiling["copy"]}
     bound = max(least, key=least.get)  # the ceiling that takes longer is the one to reach
-    return row | {
-        "bound": bound,
-        "us": spent,
-        "tflops": round(case.flops / s / 1e12, 2),
-        "gbs": round(case.bytes / s / 1e9, 2),
-        "share": round(least[bound] / s, 4),
-        "peak_mib": peak,
-        "graph": graph,
-    }
+    rates = {"tflops": round(case.flops / s / 1e12, 2), "gbs": round(case.bytes / s / 1e9, 2)}
+    row |= {"bound": bound, "us": spent, **rates, "share": round(least[bound] / s, 4)}
+    return row | {"peak_mib": peak, "graph": graph}
 
 
-@cache
 def plan(ops, device, quick):
     """(case, implementation) in the order of running: ours, peers, then what compiles long."""
     models = {"7B": MODELS["7B"]} if quick else MODELS
@@ -133,28 +126,20 @@ def plan(ops, device, quick):
     return sorted(listed, key=lambda pair: rank.get(pair[1], 1))  # stable: cases stay together
 
 
-def work(number, ceiling, seconds, chosen):
-    """Measure one number of plan(*chosen): what the child is asked for."""
-    case, name = plan(*chosen)[number]
-    row = measure(case, name, chosen[1], seconds, ceiling)
-    torch.cuda.empty_cache()
-    return row
-
-
-def rows(ceiling, seconds, chosen, deadline, work=work, silence=SILENCE):
-    """Yield each row of plan(*chosen), measured in a child process.
+def rows(jobs, deadline, *settings, measure=measure, silence=SILENCE):
+    """Yield measure(case, name, *settings) of each job (case, name), from a child process.
 
     A crash, a hang or a lost GPU costs its own row: the rows behind it are another child's.
     """
     pool = None
     try:
-        for number, (case, name) in enumerate(plan(*chosen)):
+        for case, name in jobs:
             if time.time() > deadline:
                 yield case.row(name) | {"error": "skipped: out of time"}
                 continue
             pool = pool or ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
             try:
-                row = pool.submit(work, number, ceiling, seconds, chosen).result(silence)
+                row = pool.submit(measure, case, name, *settings).result(silence)
             except Exception as error:
                 why = "timed out" if isinstance(error, TimeoutError) else first_line(error)
                 row = case.row(name) | {"error": why}

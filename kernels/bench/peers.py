@@ -1,9 +1,10 @@
 """The public kernels that ours are measured beside, each called as its own documentation says.
 
-A peer takes the inputs, imports and plans, and returns the function of nothing that is timed; a
-missing package raises ImportError before that, and the table says so. Peers compute what they
-compute: Liger's and cut-cross-entropy's heads give no entropy, Liger's takes the mean over rows;
-Liger's norm with a residual is two calls.
+A peer takes the inputs, imports and plans, and returns the function of nothing that is timed
+(`partial(partial, f)` has nothing to plan); a missing package raises ImportError before that. Peers
+are pickled for the process that measures, so no lambdas. They compute what they compute: Liger's
+and cut-cross-entropy's heads give no entropy, Liger's takes the mean over rows; its norm with a
+residual is two calls.
 """
 
 from functools import partial
@@ -18,6 +19,7 @@ PACKAGES = {
     "cut-cross-entropy": "cut-cross-entropy",
     "flashinfer": "flashinfer-python",
 }
+CUT = "cut_cross_entropy", "linear_cross_entropy"
 LIGER = "liger_kernel.transformers.functional"
 VARLEN = "torch.nn.attention.varlen", "varlen_attn"
 CAUSAL = {"window_size": (-1, 0), "enable_gqa": True}  # its way to say it
@@ -29,25 +31,16 @@ def versions():
     return {name: getattr(installed.get(of), "version", None) for name, of in PACKAGES.items()}
 
 
-def always(function, **settings):
-    """A peer that has nothing to plan."""
-    return lambda *inputs: partial(function, *inputs, **settings)
+def imported(module, name, *inputs, **settings):
+    """A function of a module that may be missing."""
+    return partial(getattr(import_module(module), name), *inputs, **settings)
 
 
-def imported(module, name, **settings):
-    """As `always`, of a function in a module that may be missing."""
-    return lambda *inputs: partial(getattr(import_module(module), name), *inputs, **settings)
-
-
-def compiled(function, **settings):
+def compiled(function, *inputs, **settings):
     """torch.compile of it, which forgets earlier shapes first: after eight of one function it
     would fall back to eager without a word."""
-
-    def plan(*inputs):
-        torch._dynamo.reset()
-        return partial(torch.compile(function, dynamic=False), *inputs, **settings)
-
-    return plan
+    torch._dynamo.reset()
+    return partial(torch.compile(function, dynamic=False), *inputs, **settings)
 
 
 def bf16_logits(hidden, weight, targets):
@@ -63,23 +56,19 @@ def sdpa(q, k, v, cu_seqlens):
     return partial(F.scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True)
 
 
-def packed(*where, **settings):
+def packed(module, name, q, k, v, cu_seqlens, **settings):
     """A peer that is told the longest length, so that no host sync is timed."""
-
-    def plan(q, k, v, cu_seqlens):
-        longest = int(cu_seqlens.diff().max())
-        bounds = cu_seqlens, cu_seqlens, longest, longest
-        return imported(*where, **settings)(q, k, v, *bounds)
-
-    return plan
+    longest = int(cu_seqlens.diff().max())
+    bounds = cu_seqlens, cu_seqlens, longest, longest
+    return imported(module, name, q, k, v, *bounds, **settings)
 
 
 def varlen_decode(q, k_cache, v_cache, block_tables, seq_lens):
     """torch.nn.attention.varlen over pages."""
     starts = torch.arange(len(q) + 1, device=q.device, dtype=torch.int32)
     longest = block_tables.shape[1] * k_cache.shape[1]
-    attend = imported(*VARLEN, **CAUSAL, seqused_k=seq_lens, block_table=block_tables)
-    return attend(q, k_cache, v_cache, starts, None, 1, longest)
+    inputs = q, k_cache, v_cache, starts, None, 1, longest
+    return imported(*VARLEN, *inputs, **CAUSAL, seqused_k=seq_lens, block_table=block_tables)
 
 
 def flashinfer_ragged(q, k, v, cu_seqlens):
@@ -120,25 +109,28 @@ def liger_rms_norm(x, weight, eps, residual):
 
 def flashinfer_rms_norm(x, weight, eps, residual):
     """In place on x and residual, as its serving engines use it."""
-    return imported("flashinfer", "fused_add_rmsnorm")(x, residual, weight, eps)
+    return imported("flashinfer", "fused_add_rmsnorm", x, residual, weight, eps)
 
 
 WHOLE = {  # a part of their backward pass is in the forward pass: not measured alone
-    "cut-cross-entropy": imported("cut_cross_entropy", "linear_cross_entropy", reduction="none"),
-    "liger": imported(LIGER, "liger_fused_linear_cross_entropy"),
+    "cut-cross-entropy": partial(imported, *CUT, reduction="none"),
+    "liger": partial(imported, LIGER, "liger_fused_linear_cross_entropy"),
 }
 PEERS = {  # operation, or operation and phase -> name -> peer
-    "logprob": {"bf16 logits": always(bf16_logits), "compiled": compiled(bf16_logits)},
+    "logprob": {
+        "bf16 logits": partial(partial, bf16_logits),
+        "compiled": partial(compiled, bf16_logits),
+    },
     "logprob forward": WHOLE,
     "logprob forward+backward": WHOLE,
     "attention": {
-        "varlen": packed(*VARLEN, **CAUSAL),
-        "flash-attn": packed("flash_attn", "flash_attn_varlen_func", causal=True),
+        "varlen": partial(packed, *VARLEN, **CAUSAL),
+        "flash-attn": partial(packed, "flash_attn", "flash_attn_varlen_func", causal=True),
         "sdpa": sdpa,
     },
     "attention forward": {"flashinfer": flashinfer_ragged},
     "paged_attention": {"varlen": varlen_decode, "flashinfer": flashinfer_decode},
     "rms_norm": {"liger": liger_rms_norm},
     "rms_norm forward": {"flashinfer": flashinfer_rms_norm},
-    "swiglu": {"liger": imported(LIGER, "liger_swiglu")},
+    "swiglu": {"liger": partial(imported, LIGER, "liger_swiglu")},
 }

@@ -17,7 +17,7 @@ import torch
 
 from kernels import tiles
 from kernels.bench.cases import cases
-from kernels.bench.measure import DTYPES, TIMERS, percentiles
+from kernels.bench.measure import DTYPES, TIMERS, first_line, percentiles
 from kernels.dispatch import TOLERANCE, difference
 
 WORTH = 0.98  # a new tile must take less than this share of the old one's time
@@ -41,20 +41,18 @@ def neighbours(values):
 def descend(start, time_of, deadline=inf):
     """Coordinate descent: (best values, their time, number tried). time_of(values): inf if bad.
 
-    >>> best, t, tried = descend({"BM": 16}, lambda v: abs(v["BM"] - 128) + 1.0)
-    >>> best, t
-    ({'BM': 128}, 1.0)
+    >>> descend({"BM": 16}, lambda v: abs(v["BM"] - 128) + 1.0)
+    ({'BM': 128}, 1.0, 6)
     """
-    best, fastest, seen, todo = start, inf, [], [start]
+    best, fastest, tried, todo = start, inf, [], [start]
     while todo and time.time() < deadline:
-        candidate = todo.pop(0)
-        if candidate in seen:
-            continue
-        seen.append(candidate)
-        spent = time_of(candidate)
-        if spent < fastest:
-            best, fastest, todo = candidate, spent, list(neighbours(candidate))
-    return best, fastest, len(seen)
+        values = todo.pop(0)
+        if values not in tried:
+            tried.append(values)
+            spent = time_of(values)
+            if spent < fastest:
+                best, fastest, todo = values, spent, list(neighbours(values))
+    return best, fastest, len(tried)
 
 
 def rewrite(source, op, limits, arch, values, note):
@@ -88,7 +86,7 @@ def reached(op, device):
             tiles.given.clear()  # of what the forward pass took, where the backward one is timed
             call()
         except Exception as error:
-            print(f"{case.name}: {error}".splitlines()[0])
+            print(f"{case.name}: {first_line(error)}")
             continue
         found |= {(entry, json.dumps(limits)): case for entry, limits in tiles.given.items()}
     return found
