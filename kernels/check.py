@@ -9,8 +9,7 @@ What a kernel costs is decided when it is compiled: registers a thread, bytes sp
 tensor-core instructions: wgmma (sm_90), tcgen05 (sm_100), mma (the others). So a tile that can not
 launch, or that spills, is found here and not on somebody's GPU. What it does not tell is speed.
 
-Exits 1 if a tile spills, asks for more shared memory than its architecture has, or misses tensor
-cores that it is meant to use.
+Exits 1 if a tile spills, asks for more shared memory than there is, or misses tensor cores.
 """
 
 import argparse
@@ -83,8 +82,8 @@ def check(arch, name, function, signature, constexprs, options, needs_tensor_cor
         f"shared memory {shared} over {SHARED[arch]}": shared > SHARED[arch],
         "no tensor-core instruction": needs_tensor_cores and kind == "-",
     }
-    row = name, tile, arch, registers, stack, shared, kind
-    return row, [words for words, wrong in problems.items() if wrong]
+    wrong = [words for words, found in problems.items() if found]
+    return (name, tile, arch, registers, stack, shared, kind), wrong
 
 
 def main():

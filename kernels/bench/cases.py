@@ -135,14 +135,14 @@ class Case:
     # "triton", "torch", a peer -> function(*inputs) -> function() that is to be timed
     calls: dict = field(compare=False)
 
-    def row(self, impl):
-        """What the row of an implementation begins with."""
-        row = {"op": self.op, "phase": self.phase, "model": self.model, "shape": self.shape}
-        return row | {"impl": impl}
-
     @property
     def name(self):
         return f"{self.op} {self.phase} {self.model} {self.shape}"
+
+    def row(self, impl):
+        """What the row of an implementation begins with."""
+        words = vars(self) | {"impl": impl}
+        return {word: words[word] for word in ("op", "phase", "model", "shape", "impl")}
 
     def inputs(self, device, dtype):
         """New random inputs, the same each time."""

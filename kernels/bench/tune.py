@@ -111,15 +111,15 @@ def tune_row(entry, limits, arch, case, seconds, deadline, device):
             times, _, _ = TIMERS[device](call, seconds, case.phase == "forward")
         except Exception:  # too much shared memory, a shape the compiler refuses
             return inf
+        finally:
+            tiles.TILES[entry] = shipped
         spent = percentiles(times)["p50"]
         print(f"    {spent:>10.1f} us  {values}", flush=True)
         return spent
 
-    try:
-        expected, before = outputs(), time_of(start)
-        best, after, tried = descend(start, time_of, deadline)
-    finally:
-        tiles.TILES[entry] = shipped
+    expected = outputs()
+    before = time_of(start)
+    best, after, tried = descend(start, time_of, deadline)
     return best, before, after, tried
 
 
