@@ -26,7 +26,7 @@ def percentiles(times):
 
 
 def time_cpu(call, seconds, graph=False):
-    """As `time_cuda`, on a CPU, where a time is the mean of a block of calls: (times, False, None)."""
+    """As `time_cuda`, on a CPU: (means of blocks of calls, False, None)."""
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=seconds).times, False, None
 

@@ -35,10 +35,11 @@ def test_on_a_cpu_references_are_measured_and_it_is_said(capsys, tmp_path):
     assert sorted(x.name for x in results.parent.iterdir()) == ["picture.png", "results.json"]
     assert "no GPU" in "\n".join(lines) and "peers missing" in "\n".join(lines)
     assert [row["impl"] for row in last["rows"]] == ["torch", "torch"]
-    for row in last["rows"]:
+    for row, case in zip(last["rows"], cases("rms_norm", small=True), strict=True):
         assert 0 < row["us"]["p20"] <= row["us"]["p50"] <= row["us"]["p80"]
-        expected = row["gbs"] * 1e9 / last["ceilings"]["copy"]
-        assert row["share"] == pytest.approx(expected, rel=0.1, abs=1e-3)
+        rate = case.bytes / row["us"]["p50"] * 1e6
+        assert row["gbs"] == pytest.approx(rate / 1e9, abs=0.0051)
+        assert row["share"] == pytest.approx(rate / last["ceilings"]["copy"], abs=1e-4)
 
 
 def test_a_peer_that_takes_twice_as_long_has_ratio_two(capsys, tmp_path, monkeypatch):
