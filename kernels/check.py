@@ -6,36 +6,29 @@
 
 What a kernel costs is decided when it is compiled: registers a thread, bytes spilled to the stack
 (slow memory that looks like a variable), shared memory a program, and whether the products became
-tensor-core instructions. All of it is in the compiled file, so a tile that can not launch, or that
-spills, is found here and not on somebody's GPU. What it does not tell is speed.
+tensor-core instructions: wgmma (sm_90), tcgen05 (sm_100), mma (the others). So a tile that can not
+launch, or that spills, is found here and not on somebody's GPU. What it does not tell is speed.
 
-The last column is the product's instruction: wgmma (sm_90), tcgen05 (sm_100), mma (the others).
-Exits 1 if a tile spills, asks for more shared memory than its architecture has, or misses tensor
-cores that it is meant to use.
+Exits 1 if a tile spills, asks for more shared memory than there is, or misses tensor cores.
 """
 
 import argparse
-import importlib
 import re
 import subprocess
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 from kernels.tiles import ARCHITECTURES, SHARED
 from kernels.triton_compat import HAVE_TRITON, INTERPRET, triton
 
 MODULES = (
-    "linear_logprob", "sampling_head", "flash_attention", "flash_backward", "paged_decode",
-    "rms_norm", "rope_cache", "swiglu_act",
+    "linear_logprob", "sampling_head", "flash_attention", "paged_decode", "rms_norm", "rope_cache",
+    "swiglu_act",
 )  # fmt: skip
 HEADER = ("kernel", "tile", "arch", "registers", "stack", "shared", "product")
-
-
-def cases(arch):
-    """All kernels' (name, function, signature, constexprs, options, needs_tensor_cores)."""
-    for name in MODULES:
-        yield from importlib.import_module(f"kernels.{name}").aot_cases(arch)
+PRODUCTS = {"tcgen05": r"tcgen05\.mma", "wgmma": r"wgmma\.mma_async", "mma": r"\bmma\.sync"}
 
 
 def compile_case(arch, function, signature, constexprs, options):
@@ -71,12 +64,6 @@ def resources(cubin):
     return tuple(map(int, re.search(r"REG:(\d+)\s+STACK:(\d+)", text).groups()))
 
 
-def product(ptx):
-    """Which instruction does the matrix products."""
-    patterns = {"tcgen05": r"tcgen05\.mma", "wgmma": r"wgmma\.mma_async", "mma": r"\bmma\.sync"}
-    return next((name for name, pattern in patterns.items() if re.search(pattern, ptx)), "-")
-
-
 def check(arch, name, function, signature, constexprs, options, needs_tensor_cores):
     """One row of the table, and what is wrong with it (list of words)."""
     shape = {k: v for k, v in constexprs.items() if k.isupper() and not isinstance(v, float)}
@@ -88,14 +75,15 @@ def check(arch, name, function, signature, constexprs, options, needs_tensor_cor
         said = (str(error).strip() or type(error).__name__).splitlines()
         return (name, tile, arch, *"----"), [f"does not compile: {said[-1]}"]
     registers, stack = resources(compiled.asm["cubin"])
-    shared, kind = compiled.metadata.shared, product(compiled.asm["ptx"])
+    shared, ptx = compiled.metadata.shared, compiled.asm["ptx"]
+    kind = next((kind for kind, pattern in PRODUCTS.items() if re.search(pattern, ptx)), "-")
     problems = {
         f"spills: {stack} bytes of stack": stack,
         f"shared memory {shared} over {SHARED[arch]}": shared > SHARED[arch],
         "no tensor-core instruction": needs_tensor_cores and kind == "-",
     }
-    row = name, tile, arch, registers, stack, shared, kind
-    return row, [words for words, wrong in problems.items() if wrong]
+    wrong = [words for words, found in problems.items() if found]
+    return (name, tile, arch, registers, stack, shared, kind), wrong
 
 
 def main():
@@ -109,22 +97,21 @@ def main():
     if INTERPRET:
         sys.exit("kernels.check: unset TRITON_INTERPRET; interpreted kernels can't be compiled")
     archs = args.arch or (("sm_90", "sm_120") if args.quick else ARCHITECTURES)
-    known = sorted({name for arch in archs for name, *_ in cases(arch)})
-    if not any(args.only in name for name in known):
-        sys.exit(f"kernels.check: --only {args.only}: no such kernel among {', '.join(known)}")
-    failed = rows = 0
+    sources = [import_module(f"kernels.{name}").aot_cases for name in MODULES]
+    every = [(arch, *case) for arch in archs for source in sources for case in source(arch)]
+    chosen = [case for case in every if args.only in case[1]]
+    if not chosen:
+        known = ", ".join(sorted({name for _, name, *_ in every}))
+        sys.exit(f"kernels.check: --only {args.only}: no such kernel among {known}")
+    if args.quick:  # a dict keeps the last it is given, so the first of each kernel
+        chosen = {(case[0], case[2]): case for case in reversed(chosen)}.values()
     print("| " + " | ".join(HEADER) + " |\n" + "|---" * len(HEADER) + "|")
-    for arch in archs:
-        seen = set()
-        for name, function, *case in cases(arch):
-            if args.only not in name or (args.quick and function in seen):
-                continue
-            seen.add(function)
-            row, problems = check(arch, name, function, *case)
-            rows += 1
-            failed += bool(problems)
-            print("| " + " | ".join(map(str, row)) + " |", *problems, sep="  ", flush=True)
-    print(f"\n{rows} tiles, {failed} over budget", file=sys.stderr)
+    failed = 0
+    for case in chosen:
+        row, problems = check(*case)
+        failed += bool(problems)
+        print("| " + " | ".join(map(str, row)) + " |", *problems, sep="  ", flush=True)
+    print(f"\n{len(chosen)} tiles, {failed} over budget", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -6,27 +6,20 @@
     python -m kernels.bench --quick                 Qwen2.5-7B only, fewer repetitions
     python -m kernels.bench --tune [op ...]         try tiles, rewrite the table in tiles.py
 
-First the ceilings, in the same run on the same machine: bytes a second of a large copy, and
-operations a second of a large bf16 product. Then each operation at shapes of Qwen2.5-0.5B to 32B:
-20th, 50th and 80th percentile of the time, the share of the ceiling that the operation's least
-bytes or operations come to at the median, and the peak of memory beyond the inputs. `ratio` is a
-peer's median over ours: 2.0 means that ours takes half the time.
+First the ceilings, in the same run: bytes a second of a large copy, operations a second of a large
+bf16 product. Then each operation at shapes of Qwen2.5-0.5B to 32B: 20th, 50th and 80th percentile
+of the time, the share of the ceiling that its least bytes or operations come to at the median, and
+the peak of memory beyond the inputs. `ratio` is a peer's median over ours: 2.0 means that ours
+takes half the time. The last line of stdout is all results as one JSON object.
 
-Times are Triton's `do_bench`: CUDA events around one call, with a write larger than the L2 cache
-before each, so that no input is found there by luck. Calls below a millisecond are captured in a
-CUDA graph where that is possible (`graph`), else the time of launching from Python would be
-measured.
-
-The measuring is done in a child process: a kernel that crashes or hangs costs its own line of the
-table and no other. On a machine without a GPU the PyTorch references are measured at small
-shapes, which shows that the program works and says nothing about the kernels.
-
-The last line of stdout is all results as one JSON object.
+Times are Triton's `do_bench`, which clears the L2 cache before each call. Calls below a millisecond
+are captured in a CUDA graph where that is possible (`graph`), else launching from Python would be
+measured. A kernel that crashes or hangs costs its own line and no other. Without a GPU the PyTorch
+references are measured at small shapes, which says nothing about the kernels.
 """
 
 import argparse
 import json
-import os
 import platform
 import sys
 import time
@@ -35,9 +28,9 @@ from pathlib import Path
 import torch
 
 from kernels.bench.cases import OPS
-from kernels.bench.measure import ceilings, rows
+from kernels.bench.measure import ceilings, plan, rows
 from kernels.bench.peers import versions
-from kernels.bench.plot import picture
+from kernels.bench.plot import plot
 from kernels.bench.tune import tune
 from kernels.triton_compat import HAVE_TRITON, triton
 
@@ -62,69 +55,53 @@ def line(row):
     if "us" not in row:
         return text + (row.get("error") or f"missing: {row['missing']}")
     us = row["us"]
-    text += f"{us['p50']:>10.1f} us ({us['p20']:.1f} to {us['p80']:.1f})"
     rate = f"{row['gbs']:>8.0f} GB/s" if row["bound"] == "copy" else f"{row['tflops']:>8.1f} TF/s"
-    text += f"{rate}{row['share']:>7.1%}"
+    text += f"{us['p50']:>10.1f} us ({us['p20']:.1f} to {us['p80']:.1f}){rate}{row['share']:>7.1%}"
     text += "" if row["peak_mib"] is None else f"{row['peak_mib']:>9.0f} MiB"
     return text + (f"  x{row['ratio']:.2f}" if "ratio" in row else "")
 
 
-def write(path, content):
-    """Bytes to a file, beside it and then renamed: a reader never finds half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(content)
-    beside.replace(path)
-
-
 def parse(argv):
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kernels.bench", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)}; default: all")
-    parser.add_argument("--json", help="write all results to this file, again after each")
-    parser.add_argument("--plot", help="write a picture (png, svg or pdf)")
-    parser.add_argument("--quick", action="store_true", help="Qwen2.5-7B only, 0.1 s a measurement")
-    parser.add_argument(
-        "--tune", action="store_true", help="try tiles, rewrite the table in tiles.py"
-    )
-    parser.add_argument("--minutes", type=float, default=9.0, help="start nothing new after these")
-    parser.add_argument("--seconds", type=float, help="of a measurement (0.3; 0.1 with --quick)")
-    args = parser.parse_args(argv)
-    for op in args.ops:
-        if op not in OPS:
-            parser.error(f"no operation {op!r}; there are {', '.join(OPS)}")
-    args.ops = args.ops or list(OPS)
-    args.seconds = args.seconds or (0.1 if args.quick else 0.3)
-    return args
+    parser = argparse.ArgumentParser("python -m kernels.bench", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    every = [*OPS, "all"]
+    add("ops", nargs="*", metavar="op", choices=every, default="all", help=", ".join(every))
+    add("--json", type=Path, help="write all results to this file, again after each")
+    add("--plot", type=Path, help="write a picture (png, svg or pdf)")
+    add("--quick", action="store_true", help="Qwen2.5-7B only, 0.1 s a measurement")
+    add("--tune", action="store_true", help="try tiles, rewrite the table in tiles.py")
+    add("--minutes", type=float, default=9.0, help="start nothing new after these")
+    add("--seconds", type=float, help="of a measurement (0.3; 0.1 with --quick)")
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse(argv)
     deadline = time.time() + 60 * args.minutes
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    seconds = args.seconds or (0.1 if args.quick or device == "cpu" else 0.3)
+    ops = OPS if "all" in args.ops else args.ops
     if args.tune:
         if device == "cpu":
             sys.exit("kernels.bench --tune: measures on a GPU, and there is none here")
-        return tune(args.ops, args.seconds, deadline)
+        return tune(ops, seconds, deadline)
 
+    for path in filter(None, (args.json, args.plot)):
+        path.parent.mkdir(parents=True, exist_ok=True)
     machine = describe(device)
     print(f"{machine['device']}, torch {machine['torch']}, triton {machine['triton']}")
-    missing = [name for name, version in machine["peers"].items() if version is None]
-    print("peers missing: " + (", ".join(missing) or "none"))
+    missing = ", ".join(name for name, version in machine["peers"].items() if version is None)
+    print(f"peers missing: {missing or 'none'}")
     if device == "cpu":
         print("no GPU: measuring the PyTorch references in fp32 at small shapes, no kernel")
-        args.seconds = min(args.seconds, 0.1)
-    ceiling = ceilings(device, args.seconds)
+    ceiling = ceilings(device, seconds)
     torch.cuda.empty_cache()  # the memory is for the child
     copy, matmul = ceiling["copy"] / 1e9, ceiling["matmul"] / 1e12
     print(f"ceilings: copy {copy:,.0f} GB/s, product {matmul:,.2f} TFLOP/s\n", flush=True)
     results = {"machine": machine, "ceilings": ceiling, "rows": []}
     medians = {}  # of ours, by case
-    chosen = tuple(args.ops), device, args.quick
-    for row in rows(ceiling, args.seconds, chosen, deadline):
+    for row in rows(plan(ops, device, args.quick), deadline, device, seconds, ceiling):
         case = row["op"], row["phase"], row["model"], row["shape"]
         if "us" in row and row["impl"] == "triton":
             medians[case] = row["us"]["p50"]
@@ -132,10 +109,12 @@ def main(argv=None):
             row["ratio"] = round(row["us"]["p50"] / medians[case], 3)
         results["rows"].append(row)
         print(line(row), flush=True)
-        if args.json:
-            write(args.json, json.dumps(results, indent=1).encode())
+        if args.json:  # beside it and then renamed: a reader never finds half a file
+            beside = args.json.with_name(f".{args.json.name}.part")
+            beside.write_text(json.dumps(results, indent=1))
+            beside.replace(args.json)
     if args.plot:
-        write(args.plot, picture(results, Path(args.plot).suffix))
+        plot(results, args.plot)
     print(json.dumps(results))
 
 

@@ -1,23 +1,20 @@
 """What `kernels.bench` measures: a table of operations, and the cases that it makes.
 
-Each operation has a function that describes it for one model and size, as a tuple: the shape in
-words; for each phase the floating-point operations, and the bytes of bf16 that must move at least;
-and what makes the inputs (given `randn`, on torch's current device).
+Each operation has a function that makes its inputs for a model and a size, on torch's current
+device, and tells of the forward pass: the shape in words; floating-point operations; the bytes of
+bf16 that must move at least; the inputs.
 """
 
 from collections import namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 
 import torch
 
 import kernels
-from kernels import flash_attention, linear_logprob, paged_decode, rope_cache, sampling_head
-from kernels.bench.peers import PEERS, always, compiled
-from kernels.rms_norm import reference as rms_norm_reference
-from kernels.swiglu_act import reference as swiglu_reference
+from kernels.bench.peers import PEERS, compiled
 
 Model = namedtuple("Model", "hidden heads kv_heads D mlp vocab")  # what shapes come from
 MODELS = {  # Qwen2.5
@@ -27,88 +24,64 @@ MODELS = {  # Qwen2.5
     "32B": Model(5120, 40, 8, 128, 27_648, 152_064),
 }
 QUOTED = {"H=4096": Model(4096, 0, 0, 0, 0, 151_936)}  # the shape that other heads are quoted at
+PAGE = 16  # tokens
 SMALL = {"tiny": Model(64, 4, 2, 32, 128, 1000)}  # what a CPU measures
 
 
-def logprob(m, N):
+def logprob(m, N, randn):
     H, V = m.hidden, m.vocab
-    once, moved = 2 * N * H * V, 2 * (N + V) * H  # one product; both inputs
-    work = {"forward": (once, moved), "backward": (3 * once, 2 * moved)}
-    work["forward+backward"] = 4 * once, 2 * moved
-    return (
-        f"N={N} H={H} V={V}",
-        work,
-        lambda randn: (randn(N, H), randn(V, H) * H**-0.5, torch.randint(V, (N,))),
-    )
+    inputs = randn(N, H), randn(V, H) * H**-0.5, torch.randint(V, (N,))
+    return f"N={N} H={H} V={V}", 2 * N * H * V, 2 * (N + V) * H, inputs
 
 
-def attention(m, *lengths):
+def sample(m, B, randn):
+    H, V, rows = m.hidden, m.vocab, torch.arange(B)
+    inputs = randn(B, H), randn(V, H) * H**-0.5, torch.ones(B), rows, rows + 100
+    return f"B={B} H={H} V={V}", 2 * B * H * V, 2 * (V + B) * H, inputs
+
+
+def attention(m, lengths, randn):
     T, even = sum(lengths), len(set(lengths)) == 1
     label = f"{len(lengths)}x{lengths[0]}" if even else f"{len(lengths)} mixed, T={T}"
-    once = m.heads * m.D * sum(n * (n + 1) for n in lengths)  # one product: half of the square
+    label += f" Hq={m.heads} Hkv={m.kv_heads} D={m.D}"
+    flops = 2 * m.heads * m.D * sum(n * (n + 1) for n in lengths)  # 2 products, half of the square
     moved = 4 * T * m.D * (m.heads + m.kv_heads)  # q, k, v, out once
-    return (
-        f"{label} Hq={m.heads} Hkv={m.kv_heads} D={m.D}",
-        {"forward": (2 * once, moved), "backward": (5 * once, 2 * moved)},
-        lambda randn: (*qkv(m, randn, T), bounds(lengths)),
-    )
+    return label, flops, moved, (*qkv(m, randn, T), bounds(lengths))
 
 
-def paged_attention(m, B, context):
+def paged_attention(m, B, context, randn):
     moved = 4 * B * m.D * (context * m.kv_heads + m.heads)
-    return (
-        f"B={B} context={context} Hkv={m.kv_heads}",
-        {"forward": (4 * B * m.heads * m.D * context, moved)},
-        lambda randn: (randn(B, m.heads, m.D), *pages(m, randn, B, context)),
-    )
+    inputs = randn(B, m.heads, m.D), *pages(m, randn, B, context)
+    label = f"B={B} context={context} Hkv={m.kv_heads}"
+    return label, 4 * B * m.heads * m.D * context, moved, inputs
 
 
-def paged_prefill(m, B, cached, new):
+def paged_prefill(m, B, cached, new, randn):
     pairs = B * (new * cached + new * (new + 1) / 2)
     moved = 4 * B * m.D * ((cached + new) * m.kv_heads + new * m.heads)
-
-    def make(randn):
-        *caches, seq_lens = pages(m, randn, B, cached + new)
-        return randn(B * new, m.heads, m.D), *caches, bounds([new] * B), seq_lens
-
-    return f"B={B} cached={cached} new={new}", {"forward": (4 * m.heads * m.D * pairs, moved)}, make
+    *caches, seq_lens = pages(m, randn, B, cached + new)
+    inputs = randn(B * new, m.heads, m.D), *caches, bounds([new] * B), seq_lens
+    return f"B={B} cached={cached} new={new}", 4 * m.heads * m.D * pairs, moved, inputs
 
 
-def rms_norm(m, T):
+def rms_norm(m, T, randn):
     C = m.hidden
-    return (
-        f"T={T} C={C} with residual",
-        # Backward reads both gradients and the sum, writes one: dx and dresidual are one tensor.
-        {"forward": (0, 8 * T * C), "backward": (0, 8 * T * C)},
-        lambda randn: (randn(T, C), randn(C), 1e-6, randn(T, C)),
-    )
+    inputs = randn(T, C), randn(C), 1e-6, randn(T, C)
+    return f"T={T} C={C} with residual", 0, 8 * T * C, inputs
 
 
-def rope_write(m, T, page=16):
-    def make(randn):
-        angles = torch.rand(T, m.D // 2)
-        caches = [randn(T // page, page, m.kv_heads, m.D) for _ in "kv"]
-        tables = angles.cos(), angles.sin(), torch.arange(T)
-        return *qkv(m, randn, T), *tables, *caches, torch.randperm(T)
-
-    work = {"forward": (0, 4 * T * m.D * (m.heads + 2 * m.kv_heads))}
-    return f"T={T} Hq={m.heads} Hkv={m.kv_heads} D={m.D}", work, make
+def rope_write(m, T, randn):
+    angles = torch.rand(T, m.D // 2)
+    caches = [randn(T // PAGE, PAGE, m.kv_heads, m.D) for _ in "kv"]
+    tables = angles.cos(), angles.sin(), torch.arange(T)
+    inputs = *qkv(m, randn, T), *tables, *caches, torch.randperm(T)
+    moved = 4 * T * m.D * (m.heads + 2 * m.kv_heads)
+    return f"T={T} Hq={m.heads} Hkv={m.kv_heads} D={m.D}", 0, moved, inputs
 
 
-def swiglu(m, T):
+def swiglu(m, T, randn):
     C = m.mlp
-    work = {"forward": (0, 6 * T * C), "backward": (0, 10 * T * C)}
-    return f"T={T} C={C}", work, lambda randn: (randn(T, C), randn(T, C))
-
-
-def sample(m, B):
-    H, V = m.hidden, m.vocab
-
-    def make(randn):
-        rows = torch.arange(B)
-        return randn(B, H), randn(V, H) * H**-0.5, torch.ones(B), rows, rows + 100
-
-    return f"B={B} H={H} V={V}", {"forward": (2 * B * H * V, 2 * (V + B) * H)}, make
+    return f"T={T} C={C}", 0, 6 * T * C, (randn(T, C), randn(T, C))
 
 
 def qkv(m, randn, T):
@@ -121,81 +94,83 @@ def bounds(lengths):
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
-def pages(m, randn, B, length, page=16):
+def pages(m, randn, B, length):
     """k and v caches in scattered pages, block tables, seq_lens, for B sequences of one length."""
-    M = -(-length // page)
-    caches = [randn(B * M + 1, page, m.kv_heads, m.D) for _ in "kv"]
+    M = -(-length // PAGE)
+    caches = [randn(B * M + 1, PAGE, m.kv_heads, m.D) for _ in "kv"]
     tables = torch.randperm(B * M).to(torch.int32).view(B, M)
     return *caches, tables, torch.full((B,), length, dtype=torch.int32)
 
 
-# describe: one of the above, for a model and a size. small: the size for a CPU. wanted: numbers of
-# the inputs that get a gradient.
-Operation = namedtuple("Operation", "describe sizes small kernel reference wanted", defaults=[()])
+# make: one of the above. small: the size for a CPU. wanted: numbers of the inputs that get a
+# gradient. more: phases with their operations and bytes, of forward's.
+Operation = namedtuple("Operation", "make sizes small wanted more", defaults=[(), {}])
 DECODE = [(1, 4096), (64, 2048), (512, 512), (8, 32_768), (1, 131_072)]
-PACKED = [(4096,) * 4, (8192, 4000, 2000, 1500, 600, 92)]
-# fmt: off
-OPS = {
-    "logprob": Operation(
-        logprob, [(8192,)], (64,), kernels.logprob, linear_logprob.reference, (0, 1)),
-    "attention": Operation(
-        attention, PACKED, (40, 24), kernels.attention, flash_attention.reference, (0, 1, 2)),
-    "paged_attention": Operation(
-        paged_attention, DECODE, (2, 40), kernels.paged_attention, paged_decode.reference_decode),
-    "paged_prefill": Operation(
-        paged_prefill, [(4, 4096, 1024), (8, 1024, 1)], (2, 16, 8),
-        kernels.paged_prefill, paged_decode.reference_prefill),
-    "rms_norm": Operation(
-        rms_norm, [(16_384,)], (64,), kernels.rms_norm, rms_norm_reference, (0, 1, 3)),
-    "rope_write": Operation(
-        rope_write, [(16_384,)], (64,), kernels.rope_write, rope_cache.reference_write),
-    "swiglu": Operation(swiglu, [(8192,)], (64,), kernels.swiglu, swiglu_reference, (0, 1)),
-    "sample": Operation(
-        sample, [(1,), (64,), (512,)], (4,), kernels.sample, sampling_head.reference),
+PACKED = [([4096] * 4,), ([8192, 4000, 2000, 1500, 600, 92],)]
+HEAD = {"backward": (3, 2), "forward+backward": (4, 2)}  # the logits again, and two products
+OPS = {  # by their names in `kernels`
+    "logprob": Operation(logprob, [(8192,)], (64,), (0, 1), HEAD),
+    "attention": Operation(attention, PACKED, ([40, 24],), (0, 1, 2), {"backward": (2.5, 2)}),
+    "paged_attention": Operation(paged_attention, DECODE, (2, 40)),
+    "paged_prefill": Operation(paged_prefill, [(4, 4096, 1024), (8, 1024, 1)], (2, 16, 8)),
+    # Backward reads both gradients and the sum, writes one: dx and dresidual are one tensor.
+    "rms_norm": Operation(rms_norm, [(16_384,)], (64,), (0, 1, 3), {"backward": (1, 1)}),
+    "rope_write": Operation(rope_write, [(16_384,)], (64,)),
+    "swiglu": Operation(swiglu, [(8192,)], (64,), (0, 1), {"backward": (1, 5 / 3)}),
+    "sample": Operation(sample, [(1,), (64,), (512,)], (4,)),
 }
-# fmt: on
 
 
-@dataclass(eq=False)
+@dataclass(unsafe_hash=True)
 class Case:
-    """An operation at one shape in one phase, and all who are measured there."""
+    """An operation at one shape in one phase, and all who are measured there. Can be pickled."""
 
     op: str
     phase: str  # "forward" | "backward" | "forward+backward"
     model: str
     shape: str
-    make: Callable
     flops: float
     bytes: float
-    calls: dict  # "triton", "torch", a peer -> function(*inputs) -> function() that is to be timed
+    make: Callable = field(compare=False)  # randn -> what `OPS[op].make` returns
+    # "triton", "torch", a peer -> function(*inputs) -> function() that is to be timed
+    calls: dict = field(compare=False)
 
     @property
     def name(self):
         return f"{self.op} {self.phase} {self.model} {self.shape}"
 
+    def row(self, impl):
+        """What the row of an implementation begins with."""
+        words = vars(self) | {"impl": impl}
+        return {word: words[word] for word in ("op", "phase", "model", "shape", "impl")}
+
     def inputs(self, device, dtype):
-        """New random inputs."""
+        """New random inputs, the same each time."""
+        torch.manual_seed(0)
         with torch.device(device):
-            return self.make(partial(torch.randn, dtype=dtype))
+            return self.make(partial(torch.randn, dtype=dtype))[-1]
 
 
 def cases(op, models=MODELS, small=False):
     """All cases of an operation; `small` ones for a CPU."""
-    row, found = OPS[op], []
+    entry, kernel, found = OPS[op], getattr(kernels, op), []
     models = SMALL if small else models | (QUOTED if op == "logprob" else {})
-    for model, size in product(models, [row.small] if small else row.sizes):
-        shape, work, make = row.describe(models[model], *size)
-        for phase, (flops, moved) in work.items():
-            plans = {
-                "triton": always(partial(row.kernel, impl="triton")),
-                "torch": always(row.reference),
-                "compiled": compiled(row.reference),
-            }
-            plans |= PEERS.get(op, {}) | PEERS.get(f"{op} {phase}", {})
+    ours = {
+        "triton": partial(partial, kernel, impl="triton"),
+        "torch": partial(partial, kernel, impl="torch"),
+        "compiled": partial(compiled, kernel, impl="torch"),
+    }
+    for model, size in product(models, [entry.small] if small else entry.sizes):
+        make = partial(entry.make, models[model], *size)
+        with torch.device("meta"):  # shapes without memory
+            shape, flops, moved, _ = make(torch.randn)
+        for phase, (flops_of, bytes_of) in ({"forward": (1, 1)} | entry.more).items():
+            plans = ours | PEERS.get(op, {}) | PEERS.get(f"{op} {phase}", {})
             if "mixed" in shape:
                 del plans["sdpa"]  # it wants sequences of one length
-            calls = {k: partial(prepare, phase, row.wanted, plan) for k, plan in plans.items()}
-            found.append(Case(op, phase, model, shape, make, flops, moved, calls))
+            calls = {k: partial(prepare, phase, entry.wanted, plan) for k, plan in plans.items()}
+            work = flops_of * flops, bytes_of * moved
+            found.append(Case(op, phase, model, shape, *work, make, calls))
     return found
 
 

@@ -3,17 +3,16 @@
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from functools import lru_cache
 
 import torch
+from torch.utils.benchmark import Timer
 
 from kernels.bench.cases import MODELS, cases
 from kernels.triton_compat import triton
 
 SILENCE = 150  # seconds without a word after which the child counts as hung
 SHORT = 1e-3  # seconds; below it a call is captured in a graph
-
-kept = {}  # one case -> its inputs, made once for neighbours; the old go before the new are made
 
 
 def percentiles(times):
@@ -27,14 +26,25 @@ def percentiles(times):
 
 
 def time_cpu(call, seconds, graph=False):
-    """As `time_cuda`, on a CPU: (times, False, None)."""
+    """As `time_cuda`, on a CPU: (means of blocks of calls, False, None)."""
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=seconds).times, False, None
+
+
+def time_cuda(call, seconds, graph=True):
+    """Times in seconds of three calls or more; was a graph used; peak memory of a call, MiB."""
+    call()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before, begin = torch.cuda.memory_allocated(), time.perf_counter()
     call()
-    times, end = [], time.perf_counter() + seconds
-    while len(times) < 3 or (time.perf_counter() < end and len(times) < 100):
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
-    return times, False, None
+    torch.cuda.synchronize()
+    once = time.perf_counter() - begin
+    peak = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    replay = captured(call) if graph and once < SHORT else None
+    rep = 1e3 * max(seconds, 4 * once)
+    times = triton.testing.do_bench(replay or call, rep=rep, return_mode="all")
+    return [ms / 1e3 for ms in times], replay is not None, peak
 
 
 def captured(call):
@@ -55,22 +65,6 @@ def captured(call):
         torch.cuda.synchronize()
 
 
-def time_cuda(call, seconds, graph=True):
-    """Times in seconds of three calls or more; was a graph used; peak memory of a call, MiB."""
-    call()  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before, begin = torch.cuda.memory_allocated(), time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    once = time.perf_counter() - begin
-    peak = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-    replay = captured(call) if graph and once < SHORT else None
-    rep = 1e3 * max(seconds, 4 * once)
-    times = triton.testing.do_bench(replay or call, rep=rep, return_mode="all")
-    return [ms / 1e3 for ms in times], replay is not None, peak
-
-
 TIMERS = {"cpu": time_cpu, "cuda": time_cuda}
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
@@ -84,16 +78,15 @@ def ceilings(device, seconds):
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     a, b = (torch.randn(n, n, device=device, dtype=DTYPES[device]) for _ in range(2))
-    timer = TIMERS[device]
-    copy = percentiles(timer(lambda: target.copy_(source), seconds)[0])["p50"] / 1e6
-    product = percentiles(timer(lambda: a @ b, seconds)[0])["p50"] / 1e6
-    return {"copy": 2 * size / copy, "matmul": 2 * n**3 / product}
+    calls = lambda: target.copy_(source), lambda: a @ b
+    copy, matmul = (percentiles(TIMERS[device](f, seconds)[0])["p50"] / 1e6 for f in calls)
+    return {"copy": 2 * size / copy, "matmul": 2 * n**3 / matmul}
 
 
-def named(case, name):
-    """What a row begins with."""
-    row = {"op": case.op, "phase": case.phase, "model": case.model, "shape": case.shape}
-    return row | {"impl": name}
+@lru_cache(maxsize=1)
+def inputs(case, device):
+    """Made once for the implementations that follow each other."""
+    return case.inputs(device, DTYPES[device])
 
 
 def first_line(error):
@@ -102,18 +95,14 @@ def first_line(error):
 
 def measure(case, name, device, seconds, ceiling):
     """One row: an implementation at a case. Failing is a row, too; raises if the GPU is lost."""
-    row = named(case, name)
+    row = case.row(name)
+    torch.cuda.empty_cache()  # of the row before
     try:
-        if case not in kept:
-            kept.clear()
-            torch.manual_seed(0)
-            kept[case] = case.inputs(device, DTYPES[device])
-        call = case.calls[name](*kept[case])
+        call = case.calls[name](*inputs(case, device))
         times, graph, peak = TIMERS[device](call, seconds, case.phase == "forward")
+    except ImportError as error:
+        return row | {"missing": error.name or str(error)}
     except Exception as error:
-        for cause in (error, error.__cause__):
-            if isinstance(cause, ImportError):
-                return row | {"missing": cause.name or str(cause)}
         if device == "cuda":
             torch.cuda.synchronize()  # raises again if the context is lost
         return row | {"error": first_line(error)}
@@ -121,18 +110,11 @@ def measure(case, name, device, seconds, ceiling):
     s = spent["p50"] / 1e6
     least = {"matmul": case.flops / ceiling["matmul"], "copy": case.bytes / ceiling["copy"]}
     bound = max(least, key=least.get)  # the ceiling that takes longer is the one to reach
-    return row | {
-        "bound": bound,
-        "us": spent,
-        "tflops": round(case.flops / s / 1e12, 2),
-        "gbs": round(case.bytes / s / 1e9, 2),
-        "share": round(least[bound] / s, 4),
-        "peak_mib": peak,
-        "graph": graph,
-    }
+    rates = {"tflops": round(case.flops / s / 1e12, 2), "gbs": round(case.bytes / s / 1e9, 2)}
+    row |= {"bound": bound, "us": spent, **rates, "share": round(least[bound] / s, 4)}
+    return row | {"peak_mib": peak, "graph": graph}
 
 
-@cache
 def plan(ops, device, quick):
     """(case, implementation) in the order of running: ours, peers, then what compiles long."""
     models = {"7B": MODELS["7B"]} if quick else MODELS
@@ -144,31 +126,23 @@ def plan(ops, device, quick):
     return sorted(listed, key=lambda pair: rank.get(pair[1], 1))  # stable: cases stay together
 
 
-def work(number, ceiling, seconds, chosen):
-    """Measure one number of plan(*chosen): what the child is asked for."""
-    case, name = plan(*chosen)[number]
-    row = measure(case, name, chosen[1], seconds, ceiling)
-    torch.cuda.empty_cache()
-    return row
-
-
-def rows(ceiling, seconds, chosen, deadline, work=work, silence=SILENCE):
-    """Yield each row of plan(*chosen), measured in a child process.
+def rows(jobs, deadline, *settings, measure=measure, silence=SILENCE):
+    """Yield measure(case, name, *settings) of each job (case, name), from a child process.
 
     A crash, a hang or a lost GPU costs its own row: the rows behind it are another child's.
     """
     pool = None
     try:
-        for number, (case, name) in enumerate(plan(*chosen)):
-            row = named(case, name)
+        for case, name in jobs:
             if time.time() > deadline:
-                yield row | {"error": "skipped: out of time"}
+                yield case.row(name) | {"error": "skipped: out of time"}
                 continue
             pool = pool or ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
             try:
-                row = pool.submit(work, number, ceiling, seconds, chosen).result(silence)
+                row = pool.submit(measure, case, name, *settings).result(silence)
             except Exception as error:
-                row["error"] = "timed out" if isinstance(error, TimeoutError) else first_line(error)
+                why = "timed out" if isinstance(error, TimeoutError) else first_line(error)
+                row = case.row(name) | {"error": why}
                 end_children()
                 pool = None
             yield row

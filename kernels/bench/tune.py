@@ -10,16 +10,17 @@ for this architecture, ahead of the others, with the device's name above it.
 import json
 import re
 import time
+from math import inf
 from pathlib import Path
 
 import torch
 
 from kernels import tiles
 from kernels.bench.cases import cases
-from kernels.bench.measure import DTYPES, TIMERS, percentiles
+from kernels.bench.measure import DTYPES, TIMERS, first_line, percentiles
 from kernels.dispatch import TOLERANCE, difference
 
-WORTH = 0.98  # a new tile must take at most this share of the old one's time
+WORTH = 0.98  # a new tile must take less than this share of the old one's time
 
 
 def neighbours(values):
@@ -29,77 +30,63 @@ def neighbours(values):
     [32, 128, 64, 64]
     """
     for name, value in values.items():
-        others = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
         if isinstance(value, bool):
-            others = (not value,)
-        for other in others:
-            if isinstance(other, bool) or 1 <= other <= (16 if name == "num_warps" else 2**31):
-                yield {**values, name: other}
-
-
-def descend(start, time_of, deadline=float("inf")):
-    """Coordinate descent: (best values, its time, number tried). time_of(values) -> None if bad.
-
-    >>> best, t, tried = descend({"BM": 16}, lambda v: abs(v["BM"] - 128) + 1.0)
-    >>> best, t
-    ({'BM': 128}, 1.0)
-    """
-    best, fastest, seen = start, time_of(start), [start]
-    if fastest is None:
-        return start, None, 1
-    todo = list(neighbours(best))
-    while todo and time.time() < deadline:
-        candidate = todo.pop(0)
-        if candidate in seen:
+            yield values | {name: not value}
             continue
-        seen.append(candidate)
-        spent = time_of(candidate)
-        if spent is not None and spent < fastest:
-            best, fastest, todo = candidate, spent, list(neighbours(candidate))
-    return best, fastest, len(seen)
+        most = 16 if name == "num_warps" else inf
+        others = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
+        yield from (values | {name: other} for other in others if 1 <= other <= most)
 
 
-def rewrite(source, op, arch, limits, values, note):
+def descend(start, time_of, deadline=inf):
+    """Coordinate descent: (best values, their time, number tried). time_of(values): inf if bad.
+
+    >>> descend({"BM": 16}, lambda v: abs(v["BM"] - 128) + 1.0)
+    ({'BM': 128}, 1.0, 6)
+    """
+    best, fastest, tried, todo = start, inf, [], [start]
+    while todo and time.time() < deadline:
+        values = todo.pop(0)
+        if values not in tried:
+            tried.append(values)
+            spent = time_of(values)
+            if spent < fastest:
+                best, fastest, todo = values, spent, list(neighbours(values))
+    return best, fastest, len(tried)
+
+
+def rewrite(source, op, limits, arch, values, note):
     """tiles.py's text with this row first in op's list; a row tuned before for the same goes."""
-    opening = f'    "{op}": [\n'
-    if opening not in source:
+    before, opening, rest = source.partition(f'    "{op}": [')
+    if not opening:
         raise ValueError(f"tiles.py has no list for {op}")
-    before, rest = source.split(opening)
-    rows, closing, after = rest.partition("    ],\n")
-    key = f'        ("{arch}", {json.dumps(limits)},\n'
-    rows = re.sub(rf"        # .*\n{re.escape(key)}         dict\(.*\)\),\n", "", rows)
+    rows, closing, after = rest.partition("],\n")
+    key = f'\n        ("{arch}", {json.dumps(limits)},\n'
+    rows = re.sub(rf"\n        # .*{re.escape(key)}         dict\(.*\)\),", "", rows)
     inside = ", ".join(f"{name}={value!r}" for name, value in values.items())
-    row = f"        # {note}\n{key}         dict({inside})),\n"
+    row = f"\n        # {note}{key}         dict({inside})),"
     return before + opening + row + rows + closing + after
-
-
-def outputs(call):
-    """The floating-point tensors of a call's result, copied."""
-    result = call()
-    result = result if isinstance(result, tuple | list) else (result,)
-    return [x.detach().clone() for x in result if x.is_floating_point()]
 
 
 def kernel_call(case, device):
     """Our kernel at a case, on the same inputs each time."""
-    torch.manual_seed(0)
     return case.calls["triton"](*case.inputs(device, DTYPES[device]))
 
 
-def reached(public, device):
+def reached(op, device):
     """{(table entry, its row's limits as JSON): the largest case that takes this row}.
 
     A table entry that both directions take counts as the forward one's.
     """
     found = {}
-    listed = [case for case in cases(public, small=device == "cpu") if "+" not in case.phase]
+    listed = [case for case in cases(op, small=device == "cpu") if "+" not in case.phase]
     for case in sorted(listed, key=lambda case: (case.phase == "forward", case.flops + case.bytes)):
         try:
             call = kernel_call(case, device)
             tiles.given.clear()  # of what the forward pass took, where the backward one is timed
             call()
         except Exception as error:
-            print(f"{case.name}: {error}".splitlines()[0])
+            print(f"{case.name}: {first_line(error)}")
             continue
         found |= {(entry, json.dumps(limits)): case for entry, limits in tiles.given.items()}
     return found
@@ -108,27 +95,31 @@ def reached(public, device):
 def tune_row(entry, limits, arch, case, seconds, deadline, device):
     """Tune one row at a case: (best values, microseconds before and after, number tried)."""
     shipped = tiles.TILES[entry]
-    start = next(dict(v) for archs, own, v in shipped if own == limits and arch in archs.split())
+    start = next(values for own, values in tiles.choices(entry, arch) if own == limits)
     call = kernel_call(case, device)
-    expected = outputs(call)
+
+    def outputs():
+        result = call()
+        result = result if isinstance(result, tuple | list) else (result,)
+        return [x.detach().clone() for x in result if x.is_floating_point()]
 
     def time_of(values):
         tiles.TILES[entry] = [(arch, limits, values), *shipped]
         try:
-            if difference(outputs(call), expected, TOLERANCE[DTYPES[device]]):
-                return None
+            if difference(outputs(), expected, TOLERANCE[DTYPES[device]]):
+                return inf
             times, _, _ = TIMERS[device](call, seconds, case.phase == "forward")
         except Exception:  # too much shared memory, a shape the compiler refuses
-            return None
+            return inf
+        finally:
+            tiles.TILES[entry] = shipped
         spent = percentiles(times)["p50"]
         print(f"    {spent:>10.1f} us  {values}", flush=True)
         return spent
 
-    try:
-        before = time_of(start)
-        best, after, tried = descend(start, time_of, deadline)
-    finally:
-        tiles.TILES[entry] = shipped
+    expected = outputs()
+    before = time_of(start)
+    best, after, tried = descend(start, time_of, deadline)
     return best, before, after, tried
 
 
@@ -136,21 +127,19 @@ def tune(ops, seconds, deadline, device="cuda", path=tiles.__file__):
     """Tune each table entry that these operations reach; rewrites tiles.py after each row."""
     arch, path = tiles.arch_of(torch.empty(0, device=device)), Path(path)
     machine = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    for public in ops:
-        for (entry, limits), case in reached(public, device).items():
+    for op in ops:
+        for (entry, limits), case in reached(op, device).items():
             if time.time() > deadline:
                 print(f"{entry}: out of time")
                 return
             print(f"{entry} {limits} at {case.name}", flush=True)
-            limits = json.loads(limits)
-            best, before, after, tried = tune_row(
-                entry, limits, arch, case, seconds, deadline, device
-            )
-            if before is None or after > WORTH * before:
+            row = entry, json.loads(limits), arch
+            best, before, after, tried = tune_row(*row, case, seconds, deadline, device)
+            if not after < WORTH * before:
                 print(f"  kept, {tried} tried")
                 continue
             note = f"{machine}: {after:.0f} us, was {before:.0f}"
-            path.write_text(rewrite(path.read_text(), entry, arch, limits, best, note))
-            tiles.TILES[entry].insert(0, (arch, limits, best))
+            path.write_text(rewrite(path.read_text(), *row, best, note))
+            tiles.TILES[entry].insert(0, (arch, row[1], best))
             print(f"  {before:.1f} -> {after:.1f} us, {tried} tried: {best}")
     print("run python -m kernels.check and the tests: a faster tile may spill elsewhere")

@@ -4,13 +4,20 @@ import os
 import time
 
 
-def misbehaving(number, ceiling, seconds, chosen):
+class Numbered(int):
+    """A case that knows its number only."""
+
+    def row(self, impl):
+        return {"number": int(self), "impl": impl}
+
+
+def misbehaving(case, name, *settings):
     """Crashes at number 1, hangs at 2, raises at 3."""
     print("compilers chatter on stdout, too", flush=True)
-    if number == 1:
+    if case == 1:
         os._exit(3)
-    if number == 2:
+    if case == 2:
         time.sleep(60)
-    if number == 3:
+    if case == 3:
         raise RuntimeError("an illegal memory access was encountered\nand a long story")
-    return {"number": number, "process": os.getpid()}
+    return case.row(name) | {"process": os.getpid()}
