@@ -48,10 +48,8 @@ def save_state(run, step, model, optimizer, extra, keep=2):
             temporary.rename(target)
     except (Exception, dcp.CheckpointException) as error:  # the latter: what failed on any rank
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"{target}: the checkpoint could not be written ({reason(error)}); make room; "
-            f"{what_is_saved(run)}"
-        ) from None
+        what = f"the checkpoint could not be written ({reason(error)}); make room"
+        raise UserError(f"{target}: {what}; {what_is_saved(run)}") from None
     if ranks.rank() == 0:
         for old in checkpoints(run)[:-keep]:
             shutil.rmtree(old.rename(run / f".{old.name}.tmp"), ignore_errors=True)
@@ -59,11 +57,11 @@ def save_state(run, step, model, optimizer, extra, keep=2):
 
 
 def load_state(run, model, optimizer):
-    """Put the newest checkpoint of a run into model and optimizer; returns `extra` and the step."""
-    found = checkpoints(run)
-    if not found:
-        raise UserError(f"{run}: nothing to resume, no checkpoint in it")
-    path = found[-1]
+    """Put the newest checkpoint of a run into model and optimizer; returns `extra` and the step.
+
+    There is one: `runs.run_folder` has seen to that.
+    """
+    *olds, path = checkpoints(run)
     try:
         state = read_json(path / "state.json")
         weights, moments = get_state_dict(model, optimizer)
@@ -72,7 +70,7 @@ def load_state(run, model, optimizer):
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
         set_random_state(state["random"])
     except (Exception, dcp.CheckpointException) as error:
-        older = f"; remove it to continue from {found[-2].name}" if len(found) > 1 else ""
+        older = f"; remove it to continue from {olds[-1].name}" if olds else ""
         raise UserError(f"{path}: not a readable checkpoint ({reason(error)}){older}") from None
     return state
 

@@ -4,7 +4,7 @@ Direct Preference Optimization (arXiv 2305.18290, eq. 7) reads a reward off the 
 beta * log(policy / reference), and lets the chosen response's exceed the rejected one's.
 """
 
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 import torch.nn.functional as F
@@ -41,16 +41,15 @@ def reference_logprobs(trainer, preferences):
     """Give every sample of some Preferences the log-probs of its tokens under the current weights,
     as its values["ref_logp"]. All ranks call it with the same preferences and end alike."""
     dealt = packing.deal(preferences, trainer.micro_tokens, ranks.world_size())
-    found = []
+    found = []  # log-probs of all target tokens of this rank
     for items in dealt[ranks.rank()]:
         batch = packing.join(items, trainer.model.device)
         with torch.no_grad():
-            found.append(trainer.logprobs(batch)[0].tolist())  # [N]
-    for groups, theirs in zip(dealt, ranks.gathered(found)):
-        for items, logp in zip(groups, theirs):
-            numbers = iter(logp)
-            for sample in (sample for item in items for sample in item.samples()):
-                sample.values["ref_logp"] = list(islice(numbers, len(sample.target)))
+            found += trainer.logprobs(batch)[0].tolist()
+    numbers = chain(*ranks.gathered(found))  # of all ranks, in the order in which they were dealt
+    for item in chain(*chain(*dealt)):
+        for sample in item.samples():
+            sample.values["ref_logp"] = list(islice(numbers, len(sample.target)))
 
 
 def preference_update(trainer, step, preferences, cfg):
