@@ -25,10 +25,10 @@ from nanorrm.judge.judge import Judge
 from nanorrm.runs import Run, run_folder
 from nanorrm.train import curves, grpo
 from nanorrm.train.base_loop import train_base
-from nanorrm.train.open import open_engine, open_weights
+from nanorrm.train.open import open_trainer, open_weights
 from nanorrm.train.policy_loop import train_dpo, train_policy
 from nanorrm.train.rewards import verdict_reward
-from nanorrm.train.trainer import Trainer, update_metrics, update_plan
+from nanorrm.train.trainer import update_metrics, update_plan
 from nanorrm.train.watch import evaluate, examples, show
 
 
@@ -47,10 +47,9 @@ def train_judge(
 
     The functions are there to be replaced by an experiment's own (see experiments/).
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    trainer = Trainer(open_weights(cfg.model, cfg, device), cfg)
+    trainer, engine = open_trainer(cfg)  # a Trainer has the model and AdamW
+    device = trainer.model.device
     reference = open_weights(cfg.model, cfg, device, train=False) if cfg.loss.kl else None
-    engine = open_engine(cfg, trainer.model, device)
     template = prompts.template_of(engine.tokenizer) if cfg.template == "auto" else cfg.template
     backend = ranks.RankSharedEngine(engine)
     judge = Judge(backend, template, cfg.temperature, cfg.max_tokens, cfg.think)

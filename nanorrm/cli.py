@@ -37,15 +37,15 @@ def override(config, values, where):
         if isinstance(value, dict) and is_dataclass(old):
             changed[key] = override(old, value, f"{where} [{key}]")
             continue
-        kinds = get_type_hints(type(config))[key]
-        if type(value) is int and float in (get_args(kinds) or (kinds,)):
+        wanted = get_type_hints(type(config))[key]
+        kinds = get_args(wanted) or (wanted,)
+        if type(value) is int and float in kinds:
             value = float(value)
-        if get_origin(kinds) is list:
-            fits = type(value) is list and all(type(item) in get_args(kinds) for item in value)
-        else:
-            fits = type(value) in (get_args(kinds) or (kinds,))
+        fits = type(value) in kinds
+        if get_origin(wanted) is list:
+            fits = type(value) is list and all(type(item) in kinds for item in value)
         if not fits:
-            name = kinds.__name__ if isinstance(kinds, type) else str(kinds)
+            name = wanted.__name__ if isinstance(wanted, type) else str(wanted)
             raise UserError(f"{where}: {key} = {value!r} should be of type {name}")
         changed[key] = value
     return replace(config, **changed)
@@ -99,18 +99,13 @@ def run_script(main):
     try:
         main()
     except UserError as error:
-        fail(error)
+        rank = os.environ.get("RANK")
+        print(f"rank {rank}: error: {error}" if rank else f"error: {error}", file=sys.stderr)
+        if rank:  # not to wait for the others on the way out; torchrun stops them
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(2)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-
-
-def fail(error):
-    """Print one line for a person, with the rank where there are several, and leave with 2."""
-    rank = os.environ.get("RANK")
-    print(f"rank {rank}: error: {error}" if rank else f"error: {error}", file=sys.stderr)
-    if rank:  # not to wait for the others on the way out; torchrun stops them
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(2)
-    raise SystemExit(2)

@@ -24,6 +24,15 @@ def one_of(name, value, choices):
         raise UserError(f"{name} = {value!r} is not one of {', '.join(choices)}")
 
 
+def possible_dpo(beta, label_smoothing):
+    """Raise UserError for settings of DPO's loss that make no sense."""
+    if not beta > 0:
+        raise UserError(f"beta = {beta} should be above 0")
+    if not 0 <= label_smoothing < 0.5:
+        should = "should be from 0 to below 0.5: it is the share of labels that are wrong"
+        raise UserError(f"label_smoothing = {label_smoothing} {should}")
+
+
 @dataclass
 class EngineConfig:
     """The paged cache and the batch of the generation engine."""
@@ -275,7 +284,4 @@ class DpoConfig(PolicyRunConfig):
         one_of("responses", self.responses, ("policy", "file"))
         if self.responses == "file" and self.data == "toy":
             raise UserError("responses = 'file' needs a file of pairs: --data FILE")
-        if not self.beta > 0:
-            raise UserError(f"beta = {self.beta} should be above 0")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise UserError(f"label_smoothing = {self.label_smoothing} should be 0 to below 0.5")
+        possible_dpo(self.beta, self.label_smoothing)

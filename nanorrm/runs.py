@@ -3,6 +3,7 @@
 A run folder explains itself: settings, versions, device and commit stand in config.json.
 """
 
+import fnmatch
 import json
 import os
 import platform
@@ -18,22 +19,18 @@ from tqdm import tqdm
 
 from nanorrm import ranks
 from nanorrm.config import UserError
-from nanorrm.files import read_json, read_lines, write_json, write_text
+from nanorrm.files import read_json, read_lines, write_json, write_rows
 
 
 def git_commit():
     """The commit of the code, with a + where the tree differs from it; None outside git."""
-    here = Path(__file__).parent
-
-    def git(*args):
-        done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, timeout=10)
-        return done.stdout.strip() if done.returncode == 0 else None
-
+    ask = ["git", "-C", Path(__file__).parent, "status", "--porcelain=v2", "--branch"]
     try:
-        commit = git("rev-parse", "--short", "HEAD")
-        return commit and commit + ("+" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.TimeoutExpired):
+        told = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
         return None
+    first, *others = told.splitlines()  # "# branch.oid COMMIT", more of the branch, then changes
+    return first.split()[-1][:7] + "+" * any(not line.startswith("#") for line in others)
 
 
 def surroundings():
@@ -60,11 +57,7 @@ class Run:
         self.main = ranks.rank() == 0  # the others keep silent
         self.folder = ranks.same(run_folder(stage, config) if self.main else None)
         self.stage, self.config = stage, config
-        self.bar = self.interrupt = None
-
-    def about(self):
-        """Settings and surroundings of the run."""
-        return {"stage": self.stage, "config": asdict(self.config), **surroundings()}
+        self.bar = self.asked = None  # asked: whether Ctrl-C was pressed since the steps began
 
     def start(self, first=0):
         """Make the folder and begin the progress bar; called when model and data have loaded.
@@ -78,14 +71,15 @@ class Run:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "config.json", self.about())
+            about = {"stage": self.stage, "config": asdict(self.config), **surroundings()}
+            write_json(self.folder / "config.json", about)
         except OSError as error:
             raise UserError(f"{self.folder}: can't write there ({error.strerror})") from None
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.folder / name
             if path.exists():
                 kept = [line for line in read_lines(path) if line["step"] <= first and first]
-                write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+                write_rows(path, kept)
         self.bar = tqdm(total=total, initial=first, unit="step", leave=False, disable=None)
 
     def steps(self, first=0):
@@ -93,19 +87,29 @@ class Run:
 
         Meanwhile the first Ctrl-C lets the step end; a second one interrupts at once.
         """
-        self.interrupt, self.ending = Interrupt(), False
-        with self.interrupt:
-            for step in range(first + 1, self.config.steps + 1):
-                self.step = step
-                yield step
-                if self.ending:
-                    break
+        self.asked = self.ending = False
+        self.usual = signal.signal(signal.SIGINT, self._stop_softly)
+        for step in range(first + 1, self.config.steps + 1):
+            self.step = step
+            yield step
+            if self.ending:
+                break
+        self._stop_at_once()
+
+    def _stop_softly(self, *_):
+        self.asked = True
+        self._stop_at_once()
+        tqdm.write("stopping after this step (Ctrl-C again: at once)")
+
+    def _stop_at_once(self):
+        if signal.getsignal(signal.SIGINT) == self._stop_softly:
+            signal.signal(signal.SIGINT, self.usual)
 
     def is_last(self, enough=False):
         """Whether this step ends the run: the last one, Ctrl-C, or enough; on any rank. To be asked
         once a step, by all ranks."""
         done = self.step == self.config.steps
-        self.ending = done or ranks.any_rank(enough or self.interrupt.asked)
+        self.ending = done or ranks.any_rank(enough or self.asked)
         return self.ending
 
     def log(self, step, metrics, line, quiet=False):
@@ -120,10 +124,9 @@ class Run:
 
     def append(self, name, record):
         """One JSON line at the end of a log file of the run."""
-        if not self.main:
-            return
-        with open(self.folder / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        if self.main:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def metrics(self):
         """All that metrics.jsonl holds."""
@@ -131,7 +134,7 @@ class Run:
 
     def interrupted(self):
         """After the steps: what to say if Ctrl-C ended them, on any rank, else None."""
-        if self.interrupt and ranks.any_rank(self.interrupt.asked):
+        if self.asked is not None and ranks.any_rank(self.asked):
             name = self.folder.name
             return f"interrupted: saved at step {self.step}; --resume --name {name} continues"
 
@@ -152,44 +155,24 @@ class Run:
     def __exit__(self, _, error, __):
         if self.bar is not None:
             self.bar.close()
-        if self.interrupt:
-            self.interrupt.__exit__()
-        if self.interrupt and (what := explain(error, self)):
+        self._stop_at_once()
+        if self.asked is not None and (what := explain(error, self)):
             raise UserError(f"{what}; {what_is_saved(self.folder)}") from None
-
-
-class Interrupt:
-    """Within this context the first Ctrl-C only sets `asked`, for the loop to stop at a good place;
-    a second one interrupts at once."""
-
-    def __enter__(self):
-        self.asked = False
-        self.usual = signal.getsignal(signal.SIGINT)
-        signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def _ask(self, *_):
-        self.asked = True
-        signal.signal(signal.SIGINT, self.usual)
-        tqdm.write("stopping after this step (Ctrl-C again: at once)")
-
-    def __exit__(self, *_):
-        if signal.getsignal(signal.SIGINT) == self._ask:
-            signal.signal(signal.SIGINT, self.usual)
 
 
 def run_folder(stage, config):
     """Which folder a run writes to."""
     runs = Path(config.runs)
     if config.resume and not config.name:
-        found = [folder for folder in runs_of(runs, stage) if checkpoints(folder)]
+        found = list(filter(checkpoints, runs_of(runs, stage)))
         if not found:
             raise UserError(f"{runs}: no {stage} run with a checkpoint to resume")
         return found[-1]
     folder = runs / (config.name or f"{stage}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if config.resume and not checkpoints(folder):
+    saved = checkpoints(folder)
+    if config.resume and not saved:
         raise UserError(f"{folder}: nothing to resume, no checkpoint in it")
-    if not config.resume and (checkpoints(folder) or (folder / "model").exists()):
+    if not config.resume and (saved or (folder / "model").exists()):
         raise UserError(f"{folder}: exists already; --resume continues it, --name makes another")
     return folder
 
@@ -217,15 +200,11 @@ def curves_of(rows, panels):
     >>> curves_of(rows, [("share", "accuracy", "right"), ("held out", "eval/accuracy", "")])
     [('share', {'right': [(1, 0.5), (2, 0.75)]})]
     """
-    drawn = {}
+    drawn, names = {}, sorted({name for row in rows for name in row})
     for panel, metric, label in panels:
-        stem = metric.removesuffix("*")
-        names = [metric]
-        if stem != metric:
-            names = sorted({name for row in rows for name in row if name.startswith(stem)})
-        for name in names:
+        for name in fnmatch.filter(names, metric):
             curve = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-            shown = name.removeprefix(stem).replace("_", " ") if stem != metric else label
+            shown = label or name.removeprefix(metric.removesuffix("*")).replace("_", " ")
             if curve:
                 drawn.setdefault(panel, {})[shown] = curve
     return list(drawn.items())
@@ -236,14 +215,10 @@ def plot(path, panels, title):
 
     panels: [(y label, {curve name: [(step, value), ...]}), ...].
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        len(panels), 1, figsize=(7, 2.6 * len(panels)), sharex=True, squeeze=False
-    )
+    figure = Figure(figsize=(7, 2.6 * len(panels)), layout="tight")
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)
     for axis, (label, curves) in zip(axes[:, 0], panels):
         for name, points in curves.items():
             axis.plot(*zip(*points), label=name, linewidth=1.5)
@@ -253,9 +228,7 @@ def plot(path, panels, title):
             axis.legend(fontsize=8, ncols=2)
     axes[0, 0].set_title(title)
     axes[-1, 0].set_xlabel("step")
-    figure.tight_layout()
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def checkpoints(run):

@@ -15,10 +15,8 @@ from nanorrm.train.trainer import Trainer
 
 def train_base(cfg, run):
     """Pre-train the toy base on documents of the embedded world, loss on the completions only."""
-    if ranks.world_size() > 1:
-        raise UserError("the toy base is small: train it in one process")
-    if cfg.dtype == "bfloat16":
-        raise UserError("the toy base is small: it trains in fp32")
+    if ranks.world_size() > 1 or cfg.dtype == "bfloat16":
+        raise UserError("the toy base is small: it trains in one process, in fp32")
     tokenizer = toy.make_tokenizer()
     encode = tokenizer.encode_template
     if cfg.model:
@@ -32,9 +30,8 @@ def train_base(cfg, run):
         began = time.perf_counter()
         rng = toy.stream_rng("base", cfg.seed, step)
         shares = cfg.solve, cfg.check, cfg.careless
-        drawn = [toy.draw_document(rng, *shares) for _ in range(cfg.documents)]
-        pairs = [(encode(given), encode(rest)) for given, rest in drawn]
-        samples = [Sample(given, rest, {"weight": [1.0] * len(rest)}) for given, rest in pairs]
+        documents = [map(encode, toy.draw_document(rng, *shares)) for _ in range(cfg.documents)]
+        samples = [Sample(given, rest, {"weight": [1.0] * len(rest)}) for given, rest in documents]
         tokens = sum(len(sample.target) for sample in samples)
         for batch in trainer.batches(samples):
             logp, _ = trainer.logprobs(batch)  # [N]

@@ -42,15 +42,14 @@ def save_state(run, step, model, optimizer, extra, keep=2):
         with quiet():
             dcp.save(arrays, checkpoint_id=temporary)
         if ranks.rank() == 0:
-            text = json.dumps({"step": step, **extra, "random": random_state()})
+            state = {"step": step, **extra, "random": random_state()}
+            text = json.dumps(state, default=lambda array: array.tolist())
             (temporary / "state.json").write_text(text, encoding="utf-8")
             temporary.rename(target)
     except (Exception, dcp.CheckpointException) as error:  # the latter: what failed on any rank
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"{target}: the checkpoint could not be written ({reason(error)}); make room; "
-            f"{what_is_saved(run)}"
-        ) from None
+        what = f"the checkpoint could not be written ({reason(error)}); make room"
+        raise UserError(f"{target}: {what}; {what_is_saved(run)}") from None
     if ranks.rank() == 0:
         for old in checkpoints(run)[:-keep]:
             shutil.rmtree(old.rename(run / f".{old.name}.tmp"), ignore_errors=True)
@@ -58,47 +57,39 @@ def save_state(run, step, model, optimizer, extra, keep=2):
 
 
 def load_state(run, model, optimizer):
-    """Put the newest checkpoint of a run into model and optimizer; returns `extra` and the step."""
-    found = checkpoints(run)
-    if not found:
-        raise UserError(f"{run}: nothing to resume, no checkpoint in it")
-    path = found[-1]
+    """Put the newest checkpoint of a run into model and optimizer; returns `extra` and the step.
+
+    There is one: `runs.run_folder` has seen to that.
+    """
+    *olds, path = checkpoints(run)
     try:
         state = read_json(path / "state.json")
-        arrays = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+        weights, moments = get_state_dict(model, optimizer)
         with quiet():
-            dcp.load(arrays, checkpoint_id=path)
-        set_state_dict(
-            model,
-            optimizer,
-            model_state_dict=arrays["model"],
-            optim_state_dict=arrays["optimizer"],
-        )
+            dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=path)
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
         set_random_state(state["random"])
     except (Exception, dcp.CheckpointException) as error:
-        older = f"; remove it to continue from {found[-2].name}" if len(found) > 1 else ""
+        older = f"; remove it to continue from {olds[-1].name}" if olds else ""
         raise UserError(f"{path}: not a readable checkpoint ({reason(error)}){older}") from None
     return state
 
 
 def random_state():
     """State of the global generators. nanorrm draws nothing from them; an experiment may."""
-    kind, keys, *rest = np.random.get_state()
-    version, internal, gauss = random.getstate()
     return {
-        "torch": torch.get_rng_state().tolist(),
-        "numpy": [kind, keys.tolist(), *rest],
-        "python": [version, list(internal), gauss],
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state(),
+        "python": random.getstate(),
     }
 
 
 def set_random_state(state):
-    """The inverse of `random_state`."""
+    """The inverse of `random_state`, whose tuples and arrays have come back from JSON as lists."""
     torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(state["numpy"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
 
 
 def reason(error):
@@ -114,8 +105,7 @@ def reason(error):
 @contextmanager
 def quiet():
     """dcp warns that a lone process is alone, and logs errors that it raises as well."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         logging.disable()
         try:
             yield

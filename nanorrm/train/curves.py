@@ -6,18 +6,23 @@ from nanorrm.measure.statistics import correlation
 # -- numbers, under TRL's names where TRL has them
 
 
+def mean(numbers):
+    """The mean of some numbers or flags, None of none."""
+    numbers = list(numbers)
+    return sum(numbers) / len(numbers) if numbers else None
+
+
 def completion_stats(groups, rewards):
     """Shape of P x G completions, and how many of the P groups have nothing to teach.
 
     groups [P][G]: Completions; rewards [P][G]. Lengths in tokens.
     """
-    all_of_them = [completion for group in groups for completion in group]
-    n = len(all_of_them)
+    every = [completion for group in groups for completion in group]
     return {
-        "frac_reward_zero_std": sum(len(set(group)) == 1 for group in rewards) / len(rewards),
-        "completions/mean_length": sum(len(c.ids) for c in all_of_them) / n,
-        "completions/mean_think_length": sum(c.think_tokens for c in all_of_them) / n,
-        "completions/clipped_ratio": sum(c.finish_reason == "length" for c in all_of_them) / n,
+        "frac_reward_zero_std": mean(len(set(group)) == 1 for group in rewards),
+        "completions/mean_length": mean(len(c.ids) for c in every),
+        "completions/mean_think_length": mean(c.think_tokens for c in every),
+        "completions/clipped_ratio": mean(c.finish_reason == "length" for c in every),
     }
 
 
@@ -25,13 +30,13 @@ def rollout_stats(graded, groups):
     """Rewards and shape of a judge's rollouts. graded [P][G]: (reward, verdict 1 | 2 | None)."""
     rewards = [[reward for reward, _ in group] for group in graded]
     verdicts = [verdict for group in graded for _, verdict in group]
-    n, readable = len(verdicts), sum(verdict is not None for verdict in verdicts)
+    readable = [verdict for verdict in verdicts if verdict is not None]
     return {
-        "reward": sum(map(sum, rewards)) / n,
-        "accuracy": sum(reward > 0 for group in rewards for reward in group) / n,
+        "reward": sum(map(sum, rewards)) / len(verdicts),
+        "accuracy": mean(reward > 0 for group in rewards for reward in group),
         **completion_stats(groups, rewards),
-        "completions/unreadable_ratio": 1 - readable / n,
-        "completions/first_slot_ratio": verdicts.count(1) / readable if readable else None,
+        "completions/unreadable_ratio": 1 - len(readable) / len(verdicts),
+        "completions/first_slot_ratio": mean(verdict == 1 for verdict in readable),
     }
 
 
@@ -45,13 +50,12 @@ def response_stats(queries, groups, answers, rewards):
     texts = [text for group in answers for text in group]
     lengths = [[len(response.ids) for response in group] for group in groups]
     pulls = [correlation(*each) for each in zip(lengths, rewards)]
-    pulls = [pull for pull in pulls if pull is not None]
     return {
         **completion_stats(groups, rewards),
-        "reward/length_correlation": sum(pulls) / len(pulls) if pulls else None,
+        "reward/length_correlation": mean(pull for pull in pulls if pull is not None),
         "rollout/tokens": sum(map(sum, lengths)),  # beside judge/tokens: what each costs
-        "completions/no_answer_ratio": texts.count(NO_ANSWER) / len(texts),
-        "completions/mean_answer_chars": sum(map(len, texts)) / len(texts),
+        "completions/no_answer_ratio": mean(text == NO_ANSWER for text in texts),
+        "completions/mean_answer_chars": mean(map(len, texts)),
         **accuracy("accuracy", queries, answers),
     }
 
@@ -59,15 +63,14 @@ def response_stats(queries, groups, answers, rewards):
 def accuracy(name, queries, answers):
     """{name: share of right answers, name_N_terms: by difficulty}; {} if no truth is known."""
     right = [
-        (query.meta.get("terms"), [text == query.truth for text in group])
+        (query.meta.get("terms"), text == query.truth)
         for query, group in zip(queries, answers)
         if query.truth is not None
+        for text in group
     ]
-    stats = {}
-    for terms in [None, *sorted({terms for terms, _ in right if terms})]:
-        chosen = [x for t, group in right for x in group if terms in (None, t)]
-        if chosen:
-            stats[f"{name}_{terms}_terms" if terms else name] = sum(chosen) / len(chosen)
+    stats = {name: mean(x for _, x in right)} if right else {}
+    for terms in sorted({terms for terms, _ in right if terms}):
+        stats[f"{name}_{terms}_terms"] = mean(x for t, x in right if t == terms)
     return stats
 
 
@@ -92,15 +95,14 @@ def judge_sample(step, pair, group, graded):
         {"text": rollout.text, "reward": reward, "verdict": verdict}
         for rollout, (reward, verdict) in zip(group, graded)
     ]
-    shown = {"query": pair.query, "a": pair.a, "b": pair.b, "label": pair.label}
+    shown = {name: getattr(pair, name) for name in ("query", "a", "b", "label")}
     return {"step": step, **shown, "rollouts": rollouts}
 
 
 def policy_sample(step, query, group, answers, rewards):
     """One query's responses with what the judge saw of them and their rewards."""
-    texts = [response.text for response in group]
-    shown = {"query": query.text, "responses": texts, "answers": answers, "rewards": rewards}
-    return {"step": step, **shown}
+    shown = {"step": step, "query": query.text, "responses": [r.text for r in group]}
+    return {**shown, "answers": answers, "rewards": rewards}
 
 
 # -- one line a step

@@ -4,11 +4,13 @@ Direct Preference Optimization (arXiv 2305.18290, eq. 7) reads a reward off the 
 beta * log(policy / reference), and lets the chosen response's exceed the rejected one's.
 """
 
+from itertools import chain, islice
+
 import torch
 import torch.nn.functional as F
 
 from nanorrm import ranks
-from nanorrm.config import UserError
+from nanorrm.config import possible_dpo
 from nanorrm.train import packing
 
 
@@ -28,13 +30,7 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing=0
     >>> loss, chosen - rejected  # the rejected one 1/e times: -log sigmoid(0.5 * 3)
     (tensor([0.2014]), tensor([1.5000]))
     """
-    if not beta > 0:
-        raise UserError(f"beta = {beta} should be above 0")
-    if not 0 <= label_smoothing < 0.5:
-        raise UserError(
-            f"label_smoothing = {label_smoothing} should be from 0 to below 0.5: "
-            "it is the share of labels that are wrong"
-        )
+    possible_dpo(beta, label_smoothing)
     won, lost = chosen - ref_chosen, rejected - ref_rejected
     h = beta * (won - lost)
     loss = -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
@@ -44,24 +40,16 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing=0
 def reference_logprobs(trainer, preferences):
     """Give every sample of some Preferences the log-probs of its tokens under the current weights,
     as its values["ref_logp"]. All ranks call it with the same preferences and end alike."""
-    for item in preferences:
-        for sample in item.samples():
-            sample.values["ref_logp"] = [0.0] * len(sample.target)
-    place = {id(item): i for i, item in enumerate(preferences)}
-    dealt = packing.deal(preferences, trainer.micro_tokens, ranks.world_size())[ranks.rank()]
-    found = {}  # number of the preference -> log-probs of its two samples
-    for items in dealt:
+    dealt = packing.deal(preferences, trainer.micro_tokens, ranks.world_size())
+    found = []  # log-probs of all target tokens of this rank
+    for items in dealt[ranks.rank()]:
         batch = packing.join(items, trainer.model.device)
         with torch.no_grad():
-            logp, _ = trainer.logprobs(batch)
-        samples = [sample for item in items for sample in item.samples()]
-        parts = logp.split([len(sample.target) for sample in samples])
-        for i, item in enumerate(items):
-            if id(item) in place:  # an idle copy is not
-                found[place[id(item)]] = [part.tolist() for part in parts[2 * i : 2 * i + 2]]
-    for number, both in ranks.merged(found).items():
-        for sample, logp in zip(preferences[number].samples(), both):
-            sample.values["ref_logp"] = logp
+            found += trainer.logprobs(batch)[0].tolist()
+    numbers = chain(*ranks.gathered(found))  # of all ranks, in the order in which they were dealt
+    for item in chain(*chain(*dealt)):
+        for sample in item.samples():
+            sample.values["ref_logp"] = list(islice(numbers, len(sample.target)))
 
 
 def preference_update(trainer, step, preferences, cfg):

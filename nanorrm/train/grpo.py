@@ -10,7 +10,6 @@ import torch
 
 from nanorrm.config import UserError, one_of
 
-SCALES = ("group", "batch", "none")
 AGGREGATIONS = ("token", "sequence", "constant")
 
 
@@ -26,17 +25,14 @@ def advantages(rewards, scale="group", ddof=1):
     >>> advantages(torch.tensor([[1.0, -1, -1, -1, 1, 1, 1, -1]]), ddof=0)[0, :2]
     tensor([ 1.0000, -1.0000])
     """
-    one_of("scale", scale, SCALES)
+    one_of("scale", scale, ("group", "batch", "none"))
     if rewards.shape[1] < 2:
         raise UserError("a group needs at least 2 rollouts: one alone has no baseline")
     centred = rewards - rewards.mean(1, keepdim=True)
     if scale == "none":
         return centred
-    if scale == "group":
-        std = rewards.std(1, keepdim=True, correction=ddof)
-    else:
-        std = rewards.std(correction=ddof)
-    return centred / (std + 1e-6)
+    of = rewards if scale == "group" else rewards.flatten()
+    return centred / (of.std(-1, keepdim=True, correction=ddof) + 1e-6)
 
 
 def informative(rewards):
@@ -126,10 +122,7 @@ def batch_loss(logp, entropy, values, cfg):
     logp, entropy [N] of the current weights; values: packing.Batch's, under the names of
     policy_loss's parameters. Without old_logp these are the weights that the update began with.
     """
-    v, old_logp = values, values.get("old_logp", logp.detach())
-    loss, sums = policy_loss(
-        logp, old_logp, v["rollout_logp"], v["adv"], v["weight"], cfg, v.get("ref_logp")
-    )
+    loss, sums = policy_loss(logp, cfg=cfg, **{"old_logp": logp.detach(), **values})
     return loss, {**sums, "entropy": entropy.detach()[values["weight"] != 0].sum()}
 
 

@@ -40,17 +40,15 @@ def open_weights(name, cfg, device, train=True):
 
 def compute_dtype(cfg, device):
     """The dtype of forward and backward passes, and of the engine."""
-    name = cfg.dtype
-    if name == "auto":
-        name = "bfloat16" if torch.device(device).type == "cuda" else "float32"
-    return getattr(torch, name)
+    auto = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    return auto if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
 
 
 def open_engine(cfg, model, device):
     """The engine that samples from `model`: its weights themselves, or a copy where the model is
     sharded (which `Engine.sync` brings up to date)."""
-    tokenizer = Tokenizer.from_pretrained(resolve_model(cfg.model))
+    folder = resolve_model(cfg.model)
     if ranks.is_sharded(model):
-        folder, dtype = resolve_model(cfg.model), compute_dtype(cfg, device)
+        dtype = compute_dtype(cfg, device)
         model = Transformer.from_pretrained(folder, dtype, device).requires_grad_(False)
-    return Engine(model, tokenizer, cfg.engine)
+    return Engine(model, Tokenizer.from_pretrained(folder), cfg.engine)

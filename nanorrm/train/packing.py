@@ -5,6 +5,7 @@ through the output layer. Samples are sorted by length, so that a batch is of ev
 the CPU's attention, padded inside, is glad of.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -25,18 +26,10 @@ class Sample:
         """The samples it consists of: itself."""
         return [self]
 
-    def idle(self):
-        """A copy that is no part of any sum: all its values are zero."""
-        zeros = {name: [0.0] * len(self.target) for name in self.values}
-        return Sample(self.context, self.target, zeros)
-
 
 @dataclass
 class Preference:
-    """Two samples of one context that a loss compares: they stay in one micro-batch, side by side.
-
-    Packed like a sample.
-    """
+    """Two samples of one context that a loss compares: packed like one, they stay side by side."""
 
     chosen: Sample
     rejected: Sample
@@ -47,10 +40,6 @@ class Preference:
     def samples(self):
         """Both samples."""
         return [self.chosen, self.rejected]
-
-    def idle(self):
-        """A copy of idle samples."""
-        return Preference(self.chosen.idle(), self.rejected.idle())
 
 
 @dataclass
@@ -94,7 +83,10 @@ def deal(samples, max_tokens, ranks=1):
             groups.insert(groups.index(largest) + 1, largest[half:])
             del largest[half:]
         else:
-            groups.append([min(samples, key=len).idle()])
+            idle = deepcopy(min(samples, key=len))
+            for sample in idle.samples():
+                sample.values = {name: [0.0] * len(sample.target) for name in sample.values}
+            groups.append([idle])
     return [groups[rank::ranks] for rank in range(ranks)]
 
 
@@ -111,11 +103,6 @@ def join(items, device="cpu"):
         bounds.append(len(ids))
         for name, numbers in sample.values.items():
             values[name].append(torch.as_tensor(numbers, dtype=torch.float32))
-    whole = {"ids": ids, "cu_seqlens": bounds, "rows": rows, "targets": targets}
-    return Batch(
-        **{
-            name: torch.tensor(numbers, dtype=torch.long, device=device)
-            for name, numbers in whole.items()
-        },
-        values={name: torch.cat(parts).to(device) for name, parts in values.items()},
-    )
+    places = (torch.tensor(x, dtype=torch.long) for x in (ids, bounds, rows, targets))
+    values = {name: torch.cat(parts).to(device) for name, parts in values.items()}
+    return Batch(*(x.to(device) for x in places), values)

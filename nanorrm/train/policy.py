@@ -16,21 +16,13 @@ class Policy:
     """A prompt, settings of decoding, and an engine that generates.
 
     backend: an Engine; keep_tokens: how many of an answer's tokens, its last, are kept (0: all);
-    release: give the memory of the engine's cache back after each use.
+    release: give the memory of the engine's cache back after each use; decoding: SamplingParams'
+    temperature, max_tokens, max_think_tokens.
     """
 
-    def __init__(
-        self,
-        backend,
-        temperature=1.0,
-        max_tokens=1024,
-        max_think_tokens=None,
-        keep_tokens=0,
-        release=False,
-    ):
+    def __init__(self, backend, keep_tokens=0, release=False, **decoding):
         self.backend, self.keep_tokens, self.release = backend, keep_tokens, release
-        self.decoding = {"temperature": temperature, "max_tokens": max_tokens}
-        self.decoding["max_think_tokens"] = max_think_tokens
+        self.decoding = {"max_tokens": 1024, **decoding}
 
     def prompt(self, query):
         """Prompt ids of a query (text or messages): the toy's, or the chat template's."""
@@ -38,9 +30,9 @@ class Policy:
 
     def refusal(self, query):
         """Why a query can't be answered, or None."""
-        params = SamplingParams(**self.decoding)
         try:
-            return self.backend.refusal(self.prompt(query), params) and "too long"
+            too_long = self.backend.refusal(self.prompt(query), SamplingParams(**self.decoding))
+            return too_long and "too long"
         except UserError as error:
             return str(error)
 
@@ -74,11 +66,6 @@ def last_tokens(tokenizer, text, n):
 
 def open_policy(cfg, engine, kind=Policy):
     """The Policy of a PolicyRunConfig, its work shared by all ranks. kind: Policy or a child."""
-    return kind(
-        ranks.RankSharedEngine(engine),
-        cfg.temperature,
-        cfg.max_tokens,
-        cfg.max_think_tokens,
-        cfg.keep_tokens,
-        cfg.release_cache,
-    )
+    names = ("temperature", "max_tokens", "max_think_tokens")
+    decoding = {name: getattr(cfg, name) for name in names}
+    return kind(ranks.RankSharedEngine(engine), cfg.keep_tokens, cfg.release_cache, **decoding)

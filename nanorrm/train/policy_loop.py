@@ -100,9 +100,8 @@ def train_dpo(cfg, run):
         engine.sync(trainer.model)
         seconds = time.perf_counter() - began
         minutes += seconds / 60
-        close_step(
-            run, trainer, watch, step, {**stats, "train/seconds": seconds, "minutes": minutes}
-        )
+        stats |= {"train/seconds": seconds, "minutes": minutes}
+        close_step(run, trainer, watch, step, stats)
     return run.interrupted() or finish(run, engine, watch)
 
 

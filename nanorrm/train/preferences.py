@@ -12,7 +12,7 @@ from nanorrm.config import UserError
 from nanorrm.data.read import read_pairs
 from nanorrm.data.sources import dropped
 from nanorrm.engine.sampling import SamplingParams
-from nanorrm.files import read_lines, write_text
+from nanorrm.files import read_lines, write_rows
 from nanorrm.judge.prompts import opens_thinking
 from nanorrm.judge.verdict import NO_ANSWER
 from nanorrm.model.tokenizer import END_THINK
@@ -112,12 +112,11 @@ def label_pairs(policy, referee, source, cfg):
 
 def save(path, preferences):
     """Write Preferences as jsonl, whole or not at all."""
-    lines = []
+    rows = []
     for item in preferences:
-        sides = [{"ids": s.target, **s.values} for s in item.samples()]
-        record = {"context": item.chosen.context, "chosen": sides[0], "rejected": sides[1]}
-        lines.append(json.dumps(record) + "\n")
-    write_text(path, "".join(lines))
+        sides = [{"ids": side.target, **side.values} for side in item.samples()]
+        rows.append({"context": item.chosen.context, "chosen": sides[0], "rejected": sides[1]})
+    write_rows(path, rows)
 
 
 def load(path):
@@ -126,12 +125,10 @@ def load(path):
         raise UserError(f"{path}: the labelled pairs of the run are gone")
     preferences = []
     try:
-        for record in read_lines(path):
-            sides = []
-            for name in ("chosen", "rejected"):
-                ids = record[name].pop("ids")
-                sides.append(Sample(record["context"], ids, record[name]))
-            preferences.append(Preference(*sides))
+        for row in read_lines(path):
+            context, sides = row["context"], (row["chosen"], row["rejected"])
+            samples = (Sample(context, side.pop("ids"), side) for side in sides)
+            preferences.append(Preference(*samples))
     except (KeyError, TypeError, AttributeError):
         line = len(preferences) + 1
         raise UserError(f"{path}, line {line}: not a labelled pair; the run can't go on") from None

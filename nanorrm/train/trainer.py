@@ -7,7 +7,6 @@ log-prob kernel is fused.
 """
 
 import math
-from collections import Counter
 from itertools import chain
 
 import torch
@@ -29,7 +28,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True
         )
-        self.sums, self.largest = Counter(), {}  # of the micro-batches since the last step
+        self.told = []  # by the micro-batches since the last step: {name: number} each
 
     def batches(self, samples):
         """This rank's micro-batches of some samples; all ranks get the same number of them."""
@@ -44,15 +43,11 @@ class Trainer:
     def backward(self, loss, sums=None):
         """Add the gradient of a micro-batch's part of the loss.
 
-        sums: {name: number} to be added up for the log; a name that ends in "_max" is combined by
-        the maximum.
+        sums: {name: number} for the log, combined as `combined` says.
         """
         (loss * ranks.world_size()).backward()  # gradients are averaged over the ranks
-        for name, value in {"loss": loss.detach(), **(sums or {})}.items():
-            if name.endswith("_max"):
-                self.largest[name] = max(self.largest.get(name, 0.0), float(value))
-            else:
-                self.sums[name] += float(value)
+        told = {"loss": loss.detach(), **(sums or {})}
+        self.told.append({name: float(value) for name, value in told.items()})
 
     def step(self, step):
         """AdamW on the gradient gathered, at the learning rate of this step (the first is 1).
@@ -69,10 +64,10 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        largest = {name: ranks.maximum(value) for name, value in self.largest.items()}
-        done = {**ranks.total(self.sums), **largest, "grad_norm": norm, "learning_rate": rate}
-        self.sums, self.largest = Counter(), {}
-        return done
+        sums, self.told = combined(self.told), []
+        largest = [name for name in sums if name.endswith("_max")]
+        largest = {name: ranks.maximum(sums.pop(name)) for name in largest}
+        return {**ranks.total(sums), **largest, "grad_norm": norm, "learning_rate": rate}
 
     def rate(self, step):
         """The learning rate of a step: linear warm-up, then the schedule."""
@@ -91,6 +86,16 @@ class Trainer:
         """Continue a resumed run from its newest checkpoint -> its step and what `extra` held; {}
         for a run that begins."""
         return load_state(run.folder, self.model, self.optimizer) if self.cfg.resume else {}
+
+
+def combined(parts):
+    """{name: number} of each part of a batch -> of all: sums, and the largest of a name_max.
+
+    >>> combined([{"loss": 0.5, "gap_max": 2.0}, {"loss": 0.25, "gap_max": 1.0}])
+    {'loss': 0.75, 'gap_max': 2.0}
+    """
+    how = {name: max if name.endswith("_max") else sum for name in parts[0]}
+    return {name: of(part[name] for part in parts) for name, of in how.items()}
 
 
 # -- what GRPO's step is made of: all rollouts of a batch, in one optimizer step or several
@@ -117,8 +122,7 @@ def update_plan(trainer, questions, groups, advantages, cfg, reference=None):
     mini-batches): there the ratio to the weights that the batch began with leaves one, and clipping
     begins to act. Log-probs of those weights, and of the reference, are computed here.
     """
-    size = cfg.mini_prompts or len(groups)
-    plan = []
+    size, plan = cfg.mini_prompts or len(groups), []
     for first in range(0, len(groups), size):
         some = slice(first, first + size)
         samples = rollout_samples(questions[some], groups[some], advantages[some], cfg)
@@ -128,8 +132,7 @@ def update_plan(trainer, questions, groups, advantages, cfg, reference=None):
             if len(plan) > 1:
                 batch.values["old_logp"], _ = trainer.logprobs(batch, cfg.temperature)
             if reference is not None:
-                ref_logp, _ = trainer.logprobs(batch, cfg.temperature, reference)
-                batch.values["ref_logp"] = ref_logp
+                batch.values["ref_logp"], _ = trainer.logprobs(batch, cfg.temperature, reference)
     return plan
 
 
@@ -138,31 +141,24 @@ def rollout_samples(questions, groups, advantages, cfg):
     rollouts = list(chain(*groups))
     lengths = [len(rollout.ids) for rollout in rollouts]
     trained = torch.tensor([float(not forced) for r in rollouts for forced in r.forced])
-    cut = None
-    if cfg.loss.skip_truncated:
-        cut = [rollout.finish_reason == "length" for rollout in rollouts]
+    cut = [cfg.loss.skip_truncated and rollout.finish_reason == "length" for rollout in rollouts]
     weights = grpo.token_weights(trained, lengths, cfg.loss.aggregation, cfg.max_tokens, cut)
     asked = [question for question, group in zip(questions, groups) for _ in group]
     samples = []
-    for question, rollout, adv, weight in zip(
-        asked, rollouts, advantages.flatten(), weights.split(lengths)
-    ):
+    for i, (adv, weight) in enumerate(zip(advantages.flatten(), weights.split(lengths))):
         values = {"adv": adv.expand(len(weight)), "weight": weight}
-        values["rollout_logp"] = torch.tensor(rollout.logprobs)
-        samples.append(packing.Sample(question, rollout.ids, values))
+        values["rollout_logp"] = torch.tensor(rollouts[i].logprobs)
+        samples.append(packing.Sample(asked[i], rollouts[i].ids, values))
     return samples
 
 
 def update_metrics(updates):
     """Sums over the tokens of each of a batch's optimizer steps -> means over all of them."""
-    sums = Counter()
-    for update in updates:
-        sums.update(update)
-    tokens = max(1.0, sums.pop("tokens"))
-    means = {name: value / tokens for name, value in sums.items()}
-    for name in ("loss", "grad_norm", "learning_rate"):
-        means[name] = sums[name] / len(updates)
-    for name in filter(lambda name: name.endswith("_max"), sums):
-        means[name] = max(update[name] for update in updates)
+    means = combined(updates)
+    tokens = max(1.0, means.pop("tokens"))
+    for name in means:
+        if not name.endswith("_max"):
+            per_step = name in ("loss", "grad_norm", "learning_rate")
+            means[name] /= len(updates) if per_step else tokens
     means["sampler/logp_diff_rms"] = means.pop("sampler/logp_diff_squared") ** 0.5
     return means

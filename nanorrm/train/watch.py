@@ -11,7 +11,7 @@ from nanorrm.measure.patterns import patterns
 from nanorrm.measure.statistics import difference, wilson
 from nanorrm.rank.bestof import best_of
 from nanorrm.records import Ranking
-from nanorrm.train.curves import accuracy
+from nanorrm.train.curves import accuracy, mean
 
 # -- a judge
 
@@ -73,12 +73,11 @@ class HeldOut:
         responses, answers = self._answers(EVAL_SEED)
         pairs = list(zip(answers, self.start["anchors"]))
         better = self.referee.prefer([query.text for query in self.queries], pairs)
-        n = len(answers)
         return {
             **accuracy("eval/accuracy", self.queries, [[answer] for answer in answers]),
-            "eval/win_rate": (better.count(0) + 0.5 * better.count(None)) / n,
-            "eval/mean_length": sum(len(r.ids) for r in responses) / n,
-            "eval/no_answer_ratio": answers.count(NO_ANSWER) / n,
+            "eval/win_rate": (better.count(0) + 0.5 * better.count(None)) / len(better),
+            "eval/mean_length": mean(len(response.ids) for response in responses),
+            "eval/no_answer_ratio": mean(answer == NO_ANSWER for answer in answers),
         }
 
     def compare_with_start(self):

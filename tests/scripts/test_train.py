@@ -428,7 +428,9 @@ def test_help_explains_every_setting(cli):
     code, out, _ = cli("train.py", "judge", "--help")
     assert code == 0
     flat = " ".join(out.replace("│", " ").split())
-    assert "--learning-rate" in out and "rollouts per pair" in flat and "--engine.block-size" in out
+    assert (
+        "--learning-rate" in out and "rollouts per prompt" in flat and "--engine.block-size" in out
+    )
     code, out, _ = cli("train.py", "--help")
     assert code == 0 and "base" in out and "judge" in out
 
