@@ -8,7 +8,6 @@ Every line tells where it comes from in `meta`. Which sampled response is taken 
 the paper: here the first right and the first wrong one, samples being alike.
 """
 
-import json
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from nanorrm.cli import parse_command, run_script
 from nanorrm.config import EngineConfig, JudgeSettings, UserError, at_least, one_of
 from nanorrm.data import answers
-from nanorrm.data.formats import as_query, as_text, id_of, parse_columns
+from nanorrm.data.formats import as_query, as_text, id_of, parse, parse_columns
 from nanorrm.data.read import read_all, read_pairs
 from nanorrm.engine.engine import Engine
 from nanorrm.engine.sampling import SamplingParams
@@ -117,10 +116,7 @@ def known_answers(value, where):
     if isinstance(value, dict):
         value = value.get("ground_truth")
     if isinstance(value, str) and value.strip().startswith('["'):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise UserError(f"{where}: a list that is not readable as JSON") from None
+        value = parse(value, where)
     texts = [as_text(text, where) for text in (value if isinstance(value, list) else [value])]
     known = [answers.marked(text) or text.strip() for text in texts]
     if not known or not all(known):

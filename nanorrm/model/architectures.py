@@ -110,13 +110,6 @@ def malformed(raw):
     for words, (fits, names) in FORMS.items():
         given = {name: raw[name] for name in names if raw.get(name) is not None}
         problems += [f"{n} is {v!r}, should be {words}" for n, v in given.items() if not fits(v)]
-    if problems:
-        return problems
-    heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
-    if heads % (raw.get("num_key_value_heads") or heads):
-        problems.append(f"num_attention_heads {heads} is no multiple of num_key_value_heads")
-    if not raw.get("head_dim") and hidden % heads:
-        problems.append(f"hidden_size {hidden} is no multiple of num_attention_heads")
     return problems
 
 
@@ -153,7 +146,9 @@ def read_rope(raw):
 
 
 def not_built(raw, kind):
-    """What a config asks for that would change the logits and is not built, in words."""
+    """What a config asks for that does not fit together, or is not built, in words."""
+    heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
+    groups, derived = raw.get("num_key_value_heads") or heads, not raw.get("head_dim")
     mine, act = CLASSES[kind], raw.get("hidden_act")
     classes = raw.get("architectures") or [mine]
     window = (raw.get("use_sliding_window") and raw.get("sliding_window")) or None
@@ -164,6 +159,8 @@ def not_built(raw, kind):
     slides = slides and (window or 0) < raw["max_position_embeddings"]
     known = ", ".join(map(str, classes))
     asked = {  # words -> whether it is asked for
+        f"num_attention_heads {heads} is no multiple of num_key_value_heads": heads % groups,
+        f"hidden_size {hidden} is no multiple of num_attention_heads": derived and hidden % heads,
         f"architectures is {known}, only {mine} is built": mine not in classes,
         f"hidden_act {act!r} is not built (only silu)": act not in (None, "silu"),
         "attention_bias is not built (but Qwen2's)": raw.get("attention_bias") and kind != "qwen2",

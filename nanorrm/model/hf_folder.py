@@ -23,7 +23,6 @@ ASSETS = Path(__file__).parents[1] / "assets"
 NAMES = {"toy": "toy_base", "toy-judge": "toy_judge", "toy-policy": "toy_policy"}
 SHIPPED = {name: ASSETS / folder for name, folder in NAMES.items()}
 SINGLE, HEAD, EMBEDDING = "model.safetensors", "lm_head.weight", "model.embed_tokens.weight"
-TIED = "config.json (tie_word_embeddings)"
 DTYPES = ("BF16", "F16", "F32", "F64")  # of the tensors that are read, as safetensors call them
 SHARD_BYTES = 5 * 10**9  # weights above this are written in several files
 
@@ -84,7 +83,7 @@ def fill(model, folder, put=copy):
             # both may be there if they are equal: some readers take the one and some the other
             head, path = files[stored.pop(HEAD)].get_tensor(HEAD), stored.get(EMBEDDING)
             if path and not torch.equal(head, files[path].get_tensor(EMBEDDING)):
-                problems.append(f"{HEAD} differs from {EMBEDDING}, to which {TIED} ties it")
+                problems.append(f"{HEAD} differs from {EMBEDDING} (tie_word_embeddings is true)")
         lost = set(paths) - files.keys()  # of their tensors nothing is known, nor are they missing
         known = [name for name in parameters if folder / index.get(name, SINGLE) not in lost]
         problems += [f"{name} is missing" for name in known if name not in stored]
@@ -102,7 +101,6 @@ def fill(model, folder, put=copy):
 def misfit(name, stored, parameter):
     """What a stored tensor has (a slice of its file) that its parameter does not take, in words."""
     shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
-
     if shape != tuple(parameter.shape):
         return [f"{name} has shape {shape}, not {tuple(parameter.shape)}"]
     if dtype not in DTYPES:
