@@ -7,7 +7,7 @@ none of them, the error proposes a mapping by looking at its names and contents.
 import json
 import re
 from difflib import get_close_matches
-from itertools import islice, permutations
+from itertools import islice, permutations, zip_longest
 from pathlib import Path
 
 from nanorrm.config import UserError
@@ -287,9 +287,7 @@ def response_columns(names):
     """
     for roles in (("chosen", "rejected"), ("a", "b")):
         for both in permutations(names, 2):
-            one, other = map(words, both)
-            apart = [pair for pair in zip(one, other) if pair[0] != pair[1]]
-            one_word = len(one) == len(other) and len(apart) == 1
-            if one_word and all(word in WORDS[role] for word, role in zip(apart[0], roles)):
+            apart = [(x, y) for x, y in zip_longest(*map(words, both)) if x != y]
+            if len(apart) == 1 and all(w in WORDS[role] for w, role in zip(apart[0], roles)):
                 return dict(zip(roles, both))
     return {}
