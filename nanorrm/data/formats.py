@@ -116,9 +116,10 @@ def as_text(value, where):
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UserError(f"{where} should be text")
     try:
-        return str(value).encode().decode()
+        str(value).encode()
     except UnicodeEncodeError:
         raise UserError(f"{where} holds half a character (a lone surrogate)") from None
+    return str(value)
 
 
 def as_messages(value, where):
