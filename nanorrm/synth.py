@@ -8,7 +8,6 @@ Every line tells where it comes from in `meta`. Which sampled response is taken 
 the paper: here the first right and the first wrong one, samples being alike.
 """
 
-import json
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from nanorrm.cli import parse_command, run_script
 from nanorrm.config import EngineConfig, JudgeSettings, UserError, at_least, one_of
 from nanorrm.data import answers
-from nanorrm.data.formats import as_query, as_text, id_of, parse_columns
+from nanorrm.data.formats import as_query, as_text, id_of, parse, parse_columns
 from nanorrm.data.read import read_all, read_pairs
 from nanorrm.engine.engine import Engine
 from nanorrm.engine.sampling import SamplingParams
@@ -30,10 +29,8 @@ from nanorrm.judge.open import open_judge
 from nanorrm.model.tokenizer import after_thinking
 from nanorrm.records import Pair, shuffled
 
-ASK = {
-    "value": "Think step by step, then give the final answer in \\boxed{}.",
-    "choice": "Think step by step, then give the letter of the right choice in \\boxed{}.",
-}
+ANSWER = r"Think step by step, then give the final answer in \boxed{}."
+CHOOSE = r"Think step by step, then give the letter of the right choice in \boxed{}."
 COLUMNS = {  # of files of questions, the first that is there
     "question": ("question", "problem", "query", "prompt"),
     "answer": ("answer", "ground_truth", "expected_answer", "solution", "reward_model"),
@@ -96,14 +93,13 @@ def read_questions(path, columns="", rule="auto"):
     reward_model.ground_truth, there also as a JSON list of several. Raises UserError that names the
     line.
     """
-    given = parse_columns(columns, COLUMNS)
-    wanted = [(given[role],) if role in given else names for role, names in COLUMNS.items()]
-    return read_all(path, "questions", question_from, wanted, rule)
+    given = {role: (name,) for role, name in parse_columns(columns, COLUMNS).items()}
+    return read_all(path, "questions", question_from, COLUMNS | given, rule)
 
 
-def question_from(record, where, number, wanted, rule):
-    """One row -> Question. wanted: (columns of the question, columns of the answer)."""
-    asked, answered = (next(filter(record.__contains__, names), None) for names in wanted)
+def question_from(record, where, number, columns, rule):
+    """One row -> Question. columns: of questions and of answers, the first that is there."""
+    asked, answered = (next(filter(record.__contains__, n), None) for n in columns.values())
     if asked is None or answered is None:
         raise UserError(
             f"{where}: columns {', '.join(record)} hold no question and answer that are known "
@@ -120,12 +116,8 @@ def known_answers(value, where):
     if isinstance(value, dict):
         value = value.get("ground_truth")
     if isinstance(value, str) and value.strip().startswith('["'):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise UserError(f"{where}: a list that is not readable as JSON") from None
-    values = value if isinstance(value, list) else [value]
-    texts = [as_text(text, where) for text in values]
+        value = parse(value, where)
+    texts = [as_text(text, where) for text in (value if isinstance(value, list) else [value])]
     known = [answers.marked(text) or text.strip() for text in texts]
     if not known or not all(known):
         raise UserError(f"{where}: no answer in it")
@@ -139,10 +131,9 @@ def question_prompt(tokenizer, question):
     """Prompt ids that ask a model for a response, and whether they end inside opened thinking."""
     query = question.query
     if prompts.template_of(tokenizer) != "toy":
-        messages = [{"role": "user", "content": query}] if isinstance(query, str) else query
-        *before, last = messages
-        ask = ASK["choice" if question.rule == "choice" else "value"]
-        query = [*before, {**last, "content": f"{last['content']}\n\n{ask}"}]
+        talk = [{"role": "user", "content": query}] if isinstance(query, str) else query
+        ask = CHOOSE if question.rule == "choice" else ANSWER
+        query = [*talk[:-1], {**talk[-1], "content": f"{talk[-1]['content']}\n\n{ask}"}]
     ids = prompts.query_prompt(tokenizer, query)
     return ids, prompts.opens_thinking(tokenizer, ids)
 
@@ -154,13 +145,11 @@ def response_of(completion, opened):
 
 
 def check(response, question):
-    """("right" | "wrong" | "undecided" | "unfinished", the extracted answer)."""
+    """("right" | "wrong" | "undecided" | "unfinished", the answer in it or None)."""
     if response is None:
         return "unfinished", None
     answer = answers.extract(response, question.rule)
-    if answer is None:
-        return "undecided", None
-    outcomes = {answers.same(answer, known) for known in question.known}
+    outcomes = {answer and answers.same(answer, known) for known in question.known}
     if True in outcomes:
         return "right", answer
     return ("wrong" if outcomes == {False} else "undecided"), answer
@@ -171,21 +160,20 @@ def pair_of(question, checked, about):
 
     checked: [(response, outcome, answer), ...] of its samples; about: what goes into meta.
     """
-    outcomes = [outcome for _, outcome, _ in checked]
-    missing = [f"no {side}" for side in ("right", "wrong") if side not in outcomes]
-    if missing:
+    responses, outcomes, found = zip(*checked)
+    if missing := [f"no {side}" for side in ("right", "wrong") if side not in outcomes]:
         return None, " and ".join(missing) + " response"
-    first = {side: outcomes.index(side) for side in ("right", "wrong")}
-    right, wrong = (checked[place][0] for place in first.values())
+    right, wrong = outcomes.index("right"), outcomes.index("wrong")
     meta = {
         **about,
         "rule": question.rule,
         "known": question.known,
-        "answers": {side: checked[place][2] for side, place in first.items()},
-        "samples": first,
+        "answers": {"right": found[right], "wrong": found[wrong]},
+        "samples": {"right": right, "wrong": wrong},
         "right_of": [outcomes.count("right"), len(outcomes)],
     }
-    return shuffled(Pair(question.query, right, wrong, 1, question.id, "synth", meta)), "kept"
+    pair = Pair(question.query, responses[right], responses[wrong], 1, question.id, "synth", meta)
+    return shuffled(pair), "kept"
 
 
 def make_pairs(cfg):
@@ -233,13 +221,17 @@ def label_pairs(cfg):
     check_paths(cfg, ("data", "out"))
     pairs = read_pairs(cfg.data, cfg.columns)
     judge = open_judge(cfg)
-    verdicts = judge.compare(
-        pairs, cfg.votes, cfg.both_orders, cfg.max_think_tokens, progress="labelling"
-    )
+    settings = cfg.votes, cfg.both_orders, cfg.max_think_tokens
+    verdicts = judge.compare(pairs, *settings, progress="labelling")
     name = cfg.model or f"{judge.backend.name} at {cfg.endpoint}"
     about = {"judge": name, "judge_temperature": cfg.temperature, "judge_seed": cfg.seed}
-    decided = [(pair, verdict) for pair, verdict in zip(pairs, verdicts) if verdict.winner]
-    rows = [asdict(labelled(pair, verdict, about)) for pair, verdict in decided]
+    rows, agree = [], []
+    for pair, v in zip(pairs, verdicts):
+        if v.winner:
+            votes = {"p_first": v.p_first, "votes": len(v.votes), "invalid": v.invalid}
+            meta = {**pair.meta, **about, **votes, "label_before": pair.label}
+            rows.append(asdict(replace(pair, label=v.winner, meta=meta)))
+            agree += [pair.label == v.winner] if pair.label else []
     print(f"{cfg.data}: {tally(Counter(map(fate_of, verdicts)), 'pairs')}")
     for reason in sorted({v.skipped for v in verdicts if v.skipped})[:3]:
         print(f"skipped, for example: {reason}")
@@ -247,23 +239,14 @@ def label_pairs(cfg):
         raise UserError("the judge decided no pair: nothing written")
     write_rows(cfg.out, rows)
     print(f"{cfg.out}: {len(rows)} pairs")
-    if agree := [pair.label == verdict.winner for pair, verdict in decided if pair.label]:
+    if agree:
         print(f"{sum(agree)} of {len(agree)} labels that were there agree")
-
-
-def labelled(pair, verdict, about):
-    """The pair with a verdict's label; how sure it was, and `about`, stand in meta."""
-    votes = {"p_first": verdict.p_first, "votes": len(verdict.votes), "invalid": verdict.invalid}
-    meta = {**pair.meta, **about, **votes, "label_before": pair.label}
-    return replace(pair, label=verdict.winner, meta=meta)
 
 
 def fate_of(verdict):
     """What becomes of a judged pair."""
-    if verdict.skipped:
-        return "skipped"
-    if verdict.winner:
-        return "labelled"
+    if verdict.skipped or verdict.winner:
+        return "skipped" if verdict.skipped else "labelled"
     return "unreadable" if verdict.p_first is None else "tied"
 
 

@@ -255,7 +255,7 @@ def test_questions_of_the_public_columns(tmp_path):
         ({"question": "q", "answer": None}, ["answer should be text"]),
         ({"question": "q", "answer": " "}, ["answer: no answer"]),
         ({"question": "q", "answer": []}, ["answer: no answer"]),
-        ({"question": "q", "answer": '["1'}, ["answer: a list"]),
+        ({"question": "q", "answer": '["1'}, ["answer: not JSON"]),
         ({"question": "q", "reward_model": {}}, ["reward_model should be text"]),
         ({"question": 5.5, "answer": {"ground_truth": ["1", ""]}}, ["no answer"]),
         (["q"], ["should be an object"]),

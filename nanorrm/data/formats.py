@@ -7,7 +7,7 @@ none of them, the error proposes a mapping by looking at its names and contents.
 import json
 import re
 from difflib import get_close_matches
-from itertools import islice, permutations
+from itertools import islice, permutations, zip_longest
 from pathlib import Path
 
 from nanorrm.config import UserError
@@ -47,22 +47,19 @@ def read_rows(path):
     """Yield (where, number, record) of each row of a jsonl, json (a list) or parquet file.
 
     where names the file and the row for error messages; number counts lines or rows from 1, blank
-    lines counted but not yielded. A `*` in the file's name takes all that fit, by name, as the
-    parts of one (number is then text: file:number). Raises UserError at the first row that can't be
-    read or is no object.
+    lines counted but not yielded. A `*` in the file's name takes all that fit, by name, as parts of
+    one (number is then file:number). Raises UserError at a row that can't be read or is no object.
     """
     path = Path(path)
     if "*" in path.name:
-        files = sorted(path.parent.glob(path.name))
-        if not files:
+        if not (files := sorted(path.parent.glob(path.name))):
             raise UserError(f"{path}: no file fits")
         for file in files:
-            for where, number, record in read_rows(file):
-                yield where, f"{file.stem}:{number}", record
+            yield from ((where, f"{file.stem}:{n}", row) for where, n, row in read_rows(file))
         return
-    rows = parquet_rows(path) if path.suffix == ".parquet" else json_rows(path)
+    read = parquet_rows if path.suffix == ".parquet" else json_rows
     try:
-        for where, number, record in rows:
+        for where, number, record in read(path):
             if not isinstance(record, dict):
                 raise UserError(f"{where}: should be an object, not {type(record).__name__}")
             yield where, number, record
@@ -116,15 +113,13 @@ def parquet_rows(path):
 
 def as_text(value, where):
     """A cell given as text or number -> text."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str):
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UserError(f"{where} should be text")
     try:
-        value.encode()
+        str(value).encode()
     except UnicodeEncodeError:
         raise UserError(f"{where} holds half a character (a lone surrogate)") from None
-    return value
+    return str(value)
 
 
 def as_messages(value, where):
@@ -176,9 +171,9 @@ def pandalm(record):
     """
     votes = [record[name] for name in sorted(record) if re.fullmatch(r"annotator\d+", name)]
     often = max(votes, key=votes.count)
-    given = [record["instruction"], record["input"]]
+    given = str(record["instruction"]), str(record["input"])
     return {
-        "query": "\n\n".join(text for text in map(str, given) if text.strip()),
+        "query": "\n\n".join(filter(str.strip, given)),
         "a": str(record["response1"]),
         "b": str(record["response2"]),
         "label": LABELS.get(str(often)) if votes.count(often) * 2 > len(votes) else None,
@@ -254,9 +249,9 @@ def propose(head, wanted=()):
     texts = [n for n in names if cells[n] and all(isinstance(v, plain) for v in cells[n])]
     pair = response_columns(texts)
     if not pair and len(texts) > 2:
-        longest = [n for n in texts if n not in labels and n not in named("query", texts)[:1]]
-        longest.sort(key=lambda n: -sum(len(str(v)) for v in cells[n]) / len(cells[n]))
-        pair = dict(zip("ab", sorted(longest[:2], key=texts.index)))
+        rest = [n for n in texts if n not in labels and n not in named("query", texts)[:1]]
+        longest = sorted(rest, key=lambda n: -len("".join(map(str, cells[n]))) / len(cells[n]))[:2]
+        pair = dict(zip("ab", sorted(longest, key=texts.index)))
     guessing = wanted or ("query", *pair, *(["label"] if labels and "a" in pair else []))
     found = dict(zip(response_columns(guessing).values(), pair.values()))
     for name in guessing:
@@ -293,9 +288,7 @@ def response_columns(names):
     """
     for roles in (("chosen", "rejected"), ("a", "b")):
         for both in permutations(names, 2):
-            one, other = map(words, both)
-            apart = [pair for pair in zip(one, other) if pair[0] != pair[1]]
-            one_word = len(one) == len(other) and len(apart) == 1
-            if one_word and all(word in WORDS[role] for word, role in zip(apart[0], roles)):
+            apart = [(x, y) for x, y in zip_longest(*map(words, both)) if x != y]
+            if len(apart) == 1 and all(w in WORDS[role] for w, role in zip(apart[0], roles)):
                 return dict(zip(roles, both))
     return {}

@@ -2,20 +2,11 @@
 
 import sys
 from dataclasses import replace
+from itertools import count
 
 from nanorrm.config import UserError
-from nanorrm.data.formats import (
-    PANDALM,
-    as_label,
-    as_query,
-    as_response,
-    as_text,
-    id_of,
-    layout_of,
-    pandalm,
-    parse_columns,
-    read_rows,
-)
+from nanorrm.data import formats
+from nanorrm.data.formats import as_label, as_query, as_response, as_text, parse_columns
 from nanorrm.records import Pair, Query, Ranking, shuffled
 
 LARGEST = sys.float_info.max  # what is above it, infinite or no number at all is no truth
@@ -23,8 +14,8 @@ QUERIES = ("query", "prompt", "question", "instruction", "messages")  # columns,
 
 
 def read_all(path, what, make, *more):
-    """[make(record, where, number, *more), ...] of a file's rows; UserError if it has none."""
-    made = [make(record, where, str(number), *more) for where, number, record in read_rows(path)]
+    """[make(row, where, number, *more), ...] of a file's rows; UserError if it has none."""
+    made = [make(row, where, str(n), *more) for where, n, row in formats.read_rows(path)]
     if not made:
         raise UserError(f"{path}: no {what} in it")
     return made
@@ -36,17 +27,16 @@ def read_pairs(path, columns=None):
     columns: "query=...,a=...,b=...,label=..." (or chosen=, rejected=) for a file whose columns are
     not known (see formats.LAYOUTS). Where the responses are conversations, the messages before the
     last are the query, whatever a prompt column says. Of chosen and rejected, a coin by content
-    decides who comes first. Raises UserError naming the file and line at the first that can't be
-    used.
+    decides who comes first. Raises UserError naming the file and line that can't be used.
     """
     return read_all(path, "comparisons", pair_from, parse_columns(columns), path)
 
 
 def pair_from(record, where, number, columns, path):
     """One row -> Pair. Raises UserError that names what is wrong."""
-    if not columns and record.keys() >= PANDALM:
-        record = pandalm(record)
-    layout = layout_of(record, columns, where, path)
+    if not columns and record.keys() >= formats.PANDALM:
+        record = formats.pandalm(record)
+    layout = formats.layout_of(record, columns, where, path)
     first, second = ("chosen", "rejected") if "chosen" in layout else ("a", "b")
     names = layout[first], layout[second]
     (before, a), (other, b) = (as_response(record[n], f"{where}: {n}") for n in names)
@@ -67,19 +57,20 @@ def read_rankings(path, columns=None):
     """Read a file of queries with several responses each -> list of Ranking.
 
     Columns are query, responses (a list of texts) and, if known, truth (a number or bool for each);
-    or those of PPE's best-of-K: prompt, response_1 to response_K, scores. columns: see read_pairs,
-    with responses= and truth=. Raises UserError naming the file and line.
+    or those of PPE's best-of-K: prompt, response_1 to response_K, scores. columns and errors: as
+    read_pairs, with responses= and truth=.
     """
     return read_all(path, "rankings", ranking_from, parse_columns(columns))
 
 
 def ranking_from(record, where, number, columns):
     """One row -> Ranking. Raises UserError that names what is wrong."""
-    layout, meta = columns or {"query": "query", "responses": "responses"}, {}
+    layout = columns or {"query": "query", "responses": "responses"}
     if not columns and {"prompt", "response_1"} <= record.keys():  # PPE
-        n = next(k for k in range(1, len(record) + 2) if f"response_{k}" not in record)
+        n = next(k for k in count(1) if f"response_{k}" not in record)
         meta = {k: record[k] for k in ("sampled_conflict_pairs",) if k in record}
-        record = {**record, "responses": [record[f"response_{k}"] for k in range(1, n)]}
+        texts = [record[f"response_{k}"] for k in range(1, n)]
+        record = {**record, "responses": texts, "meta": meta}
         layout = {"query": "prompt", "responses": "responses", "truth": "scores"}
     if not {layout.get("query"), layout.get("responses")} <= record.keys():
         raise UserError(
@@ -92,40 +83,33 @@ def ranking_from(record, where, number, columns):
     texts = [as_text(text, f"{where}: response {i}") for i, text in enumerate(responses, 1)]
     name = layout.get("truth", "truth")
     truth = record.get(name)
-    if truth is not None:
-        if not isinstance(truth, list) or len(truth) != len(texts):
-            raise UserError(f"{where}: {name} should be a list of {len(texts)}, one per response")
-        if not all(isinstance(x, bool | int | float) and abs(x) <= LARGEST for x in truth):
-            raise UserError(f"{where}: {name} should hold numbers or true and false")
+    if truth is not None and (not isinstance(truth, list) or len(truth) != len(texts)):
+        raise UserError(f"{where}: {name} should be a list of {len(texts)}, one per response")
+    if not all(isinstance(x, bool | int | float) and abs(x) <= LARGEST for x in truth or ()):
+        raise UserError(f"{where}: {name} should hold numbers or true and false")
     query = as_query(record[layout["query"]], f"{where}: {layout['query']}")
-    ranking = Ranking(query, texts, truth, **about(record, layout, number))
-    ranking.meta |= meta
-    return ranking
+    return Ranking(query, texts, truth, **about(record, layout, number))
 
 
 def read_queries(path):
-    """Read a file (jsonl, json, parquet) with one query (text or messages, see QUERIES) a row.
+    """Read a file with one query (text or messages, see QUERIES) a row -> list of Query.
 
-    Other columns, responses and labels too, are ignored. Raises UserError naming the file and row
-    at the first one that can't be used.
+    Other columns, responses and labels too, are ignored. Raises UserError as read_pairs.
     """
     return read_all(path, "queries", query_from)
 
 
 def query_from(record, where, _):
     """One row -> Query."""
-    column = next((name for name in QUERIES if name in record), None)
-    if column is None:
-        found = ", ".join(record) or "none"
-        raise UserError(f"{where}: columns {found}; one of {', '.join(QUERIES)} is wanted")
-    return Query(as_query(record[column], f"{where}: {column}"))
+    for column in filter(record.__contains__, QUERIES):
+        return Query(as_query(record[column], f"{where}: {column}"))
+    found = ", ".join(record) or "none"
+    raise UserError(f"{where}: columns {found}; one of {', '.join(QUERIES)} is wanted")
 
 
 def about(record, layout, number):
     """id, source and meta of a row."""
+    own = record[layout["id"]] if "id" in layout else formats.id_of(record, number)
     source = record.get(layout.get("source", "source")) or record.get("subset") or ""
-    return {
-        "id": str(record[layout["id"]] if "id" in layout else id_of(record, number)),
-        "source": str(source),
-        "meta": record["meta"] if isinstance(record.get("meta"), dict) else {},
-    }
+    meta = record["meta"] if isinstance(record.get("meta"), dict) else {}
+    return {"id": str(own), "source": str(source), "meta": meta}

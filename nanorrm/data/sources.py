@@ -8,8 +8,6 @@ import json
 import re
 import zlib
 from collections import Counter
-from itertools import islice
-from math import gcd
 
 from nanorrm import ranks
 from nanorrm.config import UserError
@@ -27,20 +25,15 @@ def toy_pair(rng, terms, held=False):
     return Pair(chain.query, a, b, label, id=chain.query, source="toy", meta={"terms": terms})
 
 
-def toy_query(rng, terms, held=False):
-    """A Query of the embedded world; terms is its difficulty."""
-    chain = toy.draw_chain(rng, terms, held)
-    return Query(chain.query, str(chain.value), {"terms": terms})
-
-
 def toy_ranking(rng, terms, n):
     """A Ranking of the embedded world: n different numbers, one of them right; queries held out."""
     chain = toy.draw_chain(rng, terms, held=True)
     near = [chain.value + sign * off for off in range(1, 10 + n) for sign in (-1, 1)]
-    responses = rng.sample([str(value) for value in near if value >= 0][: n + 8], n - 1)
-    responses.insert(rng.randrange(n), str(chain.value))
-    truth = [response == str(chain.value) for response in responses]
-    return Ranking(chain.query, responses, truth, chain.query, "toy", {"terms": terms})
+    responses = rng.sample([value for value in near if value >= 0][: n + 8], n - 1)
+    responses.insert(rng.randrange(n), chain.value)
+    truth = [value == chain.value for value in responses]
+    about = chain.query, "toy", {"terms": terms}
+    return Ranking(chain.query, [str(value) for value in responses], truth, *about)
 
 
 class ToySource:
@@ -71,8 +64,12 @@ class ToySource:
 class ToyQueries(ToySource):
     """Queries drawn from the embedded world, without end."""
 
-    draw = staticmethod(toy_query)
     streams = "policy", "held-out queries"
+
+    @staticmethod
+    def draw(rng, terms, held=False):
+        chain = toy.draw_chain(rng, terms, held)
+        return Query(chain.query, str(chain.value), {"terms": terms})
 
 
 # -- files
@@ -111,14 +108,10 @@ class FileSource(Reshuffled):
 
         Raises UserError if too few labelled pairs are left to train on.
         """
-        labelled = [pair for pair in pairs if pair.label]
-        labelled.sort(key=lambda pair: query_hash(pair.query))
+        labelled = sorted((p for p in pairs if p.label), key=lambda pair: query_hash(pair.query))
         held = held_queries(labelled, held_share) | held
-        super().__init__(
-            [pair for pair in labelled if str(pair.query) not in held],
-            seed,
-            [shuffled(pair, "held") for pair in labelled if str(pair.query) in held],
-        )
+        kept = [shuffled(pair, "held") for pair in labelled if str(pair.query) in held]
+        super().__init__([p for p in labelled if str(p.query) not in held], seed, kept)
         if not self.items:
             raise UserError(f"no labelled pairs to train on in {name}")
 
@@ -158,32 +151,30 @@ def held_queries(pairs, share):
 class Mixture:
     """Sources interleaved by whole-number ratios, evenly: 2:1 is a b a a b a ...
 
-    Any sum(ratios) pairs in a row (ratios without common factor) hold each source exactly as often
-    as its ratio says.
+    Any sum(ratios) pairs in a row hold each source exactly as often as its ratio says.
     """
 
     def __init__(self, sources, ratios):
         """sources with take(start, n) and held_out(n); ratios: a whole number above 0 for each."""
-        shared = gcd(*ratios)
-        self.sources, self.ratios = sources, [ratio // shared for ratio in ratios]
-        self.pattern = interleave(self.ratios)  # [(source, its how-manieth of the cycle), ...]
+        self.sources, self.ratios = sources, ratios
+        self.pattern = interleave(ratios)  # [(source, its how-manieth of the cycle), ...]
 
-    def place(self, index):
-        """(source, which of its items) of the index-th pair."""
-        cycle, slot = divmod(index, len(self.pattern))
-        source, nth = self.pattern[slot]
-        return source, cycle * self.ratios[source] + nth
+    def places(self, start, stop):
+        """(source, which of its items) of the pairs start to stop."""
+        for index in range(start, stop):
+            cycle, slot = divmod(index, len(self.pattern))
+            source, nth = self.pattern[slot]
+            yield source, cycle * self.ratios[source] + nth
 
     def take(self, start, n):
         """The training pairs start to start + n."""
-        places = map(self.place, range(start, start + n))
-        return [pair for source, i in places for pair in self.sources[source].take(i, 1)]
+        return [self.sources[k].take(i, 1)[0] for k, i in self.places(start, start + n)]
 
     def held_out(self, n):
         """At most n pairs kept out of training, by the ratios as long as every source has some."""
         held = [source.held_out(n) for source in self.sources]
-        places = map(self.place, range(n * len(self.pattern)))
-        return list(islice((held[k][i] for k, i in places if i < len(held[k])), n))
+        places = self.places(0, n * len(self.pattern))
+        return [held[k][i] for k, i in places if i < len(held[k])][:n]
 
 
 def interleave(ratios):
@@ -210,7 +201,7 @@ def parse_source(text):
     name, colon, ratio = text.rpartition(":")
     if not colon or not re.fullmatch(r"[-+.\d]*", ratio):
         return text, 1
-    if not ratio.isascii() or not ratio.isdigit() or int(ratio) < 1 or not name:
+    if not name or not re.fullmatch("0*[1-9][0-9]*", ratio):
         raise UserError(f"data {text!r}: FILE:RATIO, the ratio a whole number above 0")
     return name, int(ratio)
 
@@ -220,15 +211,15 @@ def mix(parts, seed, held_share):
 
     A query held out of one file is held out of all. Each file is shuffled by a seed of its own.
     """
-    files = [pairs for _, pairs, _ in parts if pairs is not None]
-    held = frozenset().union(*(held_queries(pairs, held_share) for pairs in files))
+    names, files, ratios = zip(*parts)
+    held = frozenset().union(*(held_queries(pairs or (), held_share) for pairs in files))
     sources = [
         ToySource(seed)
         if pairs is None
-        else FileSource(pairs, f"{seed}/{place}", held_share, held, name)
-        for place, (name, pairs, _) in enumerate(parts)
+        else FileSource(pairs, f"{seed}/{place}", held_share, held, names[place])
+        for place, pairs in enumerate(files)
     ]
-    return Mixture(sources, [ratio for *_, ratio in parts])
+    return Mixture(sources, ratios)
 
 
 # -- the sources of a run
@@ -264,17 +255,16 @@ def open_queries(cfg, policy):
     """Where a policy's queries come from. Those it can't read are dropped and counted."""
     if cfg.data == "toy":
         return ToyQueries(cfg.seed)
-    if getattr(cfg, "responses", None) == "file":  # of pairs, whatever their columns
-        queries = [Query(pair.query) for pair in read_pairs(cfg.data)]
-    else:
-        queries = read_queries(cfg.data)
+    of_pairs = getattr(cfg, "responses", None) == "file"  # whatever their columns
+    rows = read_pairs(cfg.data) if of_pairs else read_queries(cfg.data)
+    queries = [Query(row.query) for row in rows] if of_pairs else rows
     queries = fitting(cfg.data, "queries", queries, lambda query: policy.refusal(query.text))
     return FileQueries(queries, cfg.seed, cfg.eval_share)
 
 
 def fitting(name, what, items, refusal):
     """The items of a file that refusal(item) says nothing against, after a line that counts all."""
-    reasons = [refusal(item) for item in items]
+    reasons = list(map(refusal, items))
     if ranks.rank() == 0:
         print(f"{name}: {len(items)} {what}, {dropped(Counter(filter(None, reasons)))}")
     return [item for item, reason in zip(items, reasons) if not reason]

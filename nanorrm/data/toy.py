@@ -108,18 +108,12 @@ def draw_chain(rng, length, held=False):
             return Chain(query, *work_out(terms))
 
 
-def wrong_answer(rng, value):
-    """A number near the right one."""
-    while True:
-        wrong = value + rng.choice((-1, 1)) * rng.choice(OFFSETS)
-        if wrong >= 0:
-            return wrong
-
-
 def draw_pair(rng, length, held=False):
     """(Chain, first response, second response, label 1 | 2), the right one at a coin toss."""
     chain = draw_chain(rng, length, held)
-    wrong = wrong_answer(rng, chain.value)
+    wrong = -1
+    while wrong < 0:
+        wrong = chain.value + rng.choice((-1, 1)) * rng.choice(OFFSETS)
     label = rng.choice((1, 2))
     a, b = (chain.value, wrong) if label == 1 else (wrong, chain.value)
     return chain, str(a), str(b), label
@@ -129,13 +123,11 @@ def draw_pair(rng, length, held=False):
 
 
 def draw_document(rng, solve=0.35, check=0.35, careless=0.0):
-    """One document; shares of *solve* and *check* and of a careless solver's documents, the rest
-    is *format*."""
+    """One document, its kind by these shares; what they leave is *format*."""
     u = rng.random()
-    if u >= 1 - careless:
-        return solve_document(rng, slips=True)
-    make = solve_document if u < solve else check_document if u < solve + check else format_document
-    return make(rng)
+    if u < solve or u >= 1 - careless:
+        return solve_document(rng, slips=u >= 1 - careless)
+    return check_document(rng) if u < solve + check else format_document(rng)
 
 
 def solve_document(rng, slips=False):
@@ -170,13 +162,13 @@ def check_document(rng):
     while True:
         chain, *responses, _ = draw_pair(rng, rng.choice(TERMS))
         others = [chain_with_value(rng, int(response)) for response in responses]
-        if all(other is not None and other.query != chain.query for other in others):
+        if all(other and other.query != chain.query for other in others):
             break
     verdict = rng.choice((1, 2))
     other = others[verdict - 1]
     given = prompts.toy_judge(chain.query, *responses) + other.work
-    marks = [(r, "y" if r == str(other.value) else "n") for r in responses]
-    checked = "".join(f"|{response}:{other.value}{mark}" for response, mark in marks)
+    marks = {str(other.value): "y"}
+    checked = "".join(f"|{r}:{other.value}{marks.get(r, 'n')}" for r in responses)
     return given, f"{checked}{END_THINK}{verdict_text(verdict)}{END}"
 
 

@@ -5,7 +5,7 @@ and value, Qwen3 norms every query and key head, Llama has neither. Whatever els
 that would change the logits is refused by name: a model that loads computes what its authors meant.
 """
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from math import inf
 
 from nanorrm.config import UserError
@@ -46,7 +46,7 @@ class ModelConfig:
 CLASSES = {kind: f"{kind.capitalize()}ForCausalLM" for kind in ("llama", "qwen2", "qwen3")}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
 SIZES += ("num_attention_heads", "max_position_embeddings")
-LLAMA3 = tuple(f.name for f in fields(RopeScaling))
+LLAMA3 = tuple(RopeScaling.__annotations__)
 
 
 def is_number(value):
@@ -54,17 +54,13 @@ def is_number(value):
     return type(value) in (int, float) and 0 < value < inf
 
 
+COUNTS = (*SIZES, "num_key_value_heads", "head_dim", "sliding_window")
+SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 FORMS = {  # what the fields must be where they are given
-    "a positive integer": (
-        lambda x: type(x) is int and x > 0,
-        (*SIZES, "num_key_value_heads", "head_dim", "sliding_window"),
-    ),
+    "a positive integer": (lambda x: type(x) is int and x > 0, COUNTS),
     "a positive number": (is_number, ("rms_norm_eps", "rope_theta")),
     "an integer": (lambda x: type(x) is int, ("max_window_layers",)),
-    "true or false": (
-        lambda x: type(x) is bool,
-        ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
-    ),
+    "true or false": (lambda x: type(x) is bool, SWITCHES),
     "an object": (lambda x: type(x) is dict, ("rope_scaling", "rope_parameters")),
     "a list": (lambda x: type(x) is list, ("layer_types", "architectures")),
 }
@@ -93,15 +89,13 @@ def parse_config(raw, where):
         problems += not_built(raw, kind)
     if problems:
         raise UserError(f"{where}: {listed(problems)}")
-    heads = raw["num_attention_heads"]
-    usual_dim = 128 if kind == "qwen3" else raw["hidden_size"] // heads  # transformers' defaults
-    scaled = rope.get("rope_type") == "llama3"
-    return ModelConfig(
+    heads, scaled = raw["num_attention_heads"], rope.get("rope_type") == "llama3"
+    return ModelConfig(  # what may be missing has transformers' defaults
         **{name: raw[name] for name in SIZES},
         num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or usual_dim,
+        head_dim=raw.get("head_dim") or (128 if kind == "qwen3" else raw["hidden_size"] // heads),
         rms_norm_eps=raw.get("rms_norm_eps") or 1e-6,
-        rope_theta=float(rope.get("rope_theta", 10000.0)),
+        rope_theta=float(rope["rope_theta"]),
         rope_scaling=RopeScaling(**{name: rope[name] for name in LLAMA3}) if scaled else None,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
         attention_bias=kind == "qwen2",
@@ -116,13 +110,6 @@ def malformed(raw):
     for words, (fits, names) in FORMS.items():
         given = {name: raw[name] for name in names if raw.get(name) is not None}
         problems += [f"{n} is {v!r}, should be {words}" for n, v in given.items() if not fits(v)]
-    if problems:
-        return problems
-    heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
-    if heads % (raw.get("num_key_value_heads") or heads):
-        problems.append(f"num_attention_heads {heads} is no multiple of num_key_value_heads")
-    if not raw.get("head_dim") and hidden % heads:
-        problems.append(f"hidden_size {hidden} is no multiple of num_attention_heads")
     return problems
 
 
@@ -147,8 +134,9 @@ def read_rope(raw):
         problems.append("RoPE parameters that differ between layers are not built")
     elif kind not in ("default", "llama3"):
         problems.append(f"RoPE scaling {kind!r} is not built (only default, llama3)")
+    rope.setdefault("rope_theta", 10000.0)
     for name in ("rope_theta", *(LLAMA3 if kind == "llama3" else ())):
-        if not is_number(rope.get(name, 1.0 if name == "rope_theta" else None)):
+        if not is_number(rope.get(name)):
             problems.append(f"RoPE's {name} is {rope.get(name)!r}, should be a positive number")
     if kind == "llama3" and not problems and rope["low_freq_factor"] >= rope["high_freq_factor"]:
         problems.append("RoPE's low_freq_factor is not below its high_freq_factor")
@@ -158,24 +146,27 @@ def read_rope(raw):
 
 
 def not_built(raw, kind):
-    """What a config asks for that would change the logits and is not built, in words."""
-    classes, act = raw.get("architectures") or [CLASSES[kind]], raw.get("hidden_act")
+    """What a config asks for that does not fit together, or is not built, in words."""
+    heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
+    groups, derived = raw.get("num_key_value_heads") or heads, not raw.get("head_dim")
+    mine, act = CLASSES[kind], raw.get("hidden_act")
+    classes = raw.get("architectures") or [mine]
     window = (raw.get("use_sliding_window") and raw.get("sliding_window")) or None
     if types := raw.get("layer_types"):
         slides = any(name != "full_attention" for name in types)
     else:
         slides = window and raw.get("max_window_layers", 28) < raw["num_hidden_layers"]
+    slides = slides and (window or 0) < raw["max_position_embeddings"]
+    known = ", ".join(map(str, classes))
     asked = {  # words -> whether it is asked for
-        f"architectures is {', '.join(map(str, classes))}, only {CLASSES[kind]} is built": (
-            CLASSES[kind] not in classes
-        ),
+        f"num_attention_heads {heads} is no multiple of num_key_value_heads": heads % groups,
+        f"hidden_size {hidden} is no multiple of num_attention_heads": derived and hidden % heads,
+        f"architectures is {known}, only {mine} is built": mine not in classes,
         f"hidden_act {act!r} is not built (only silu)": act not in (None, "silu"),
         "attention_bias is not built (but Qwen2's)": raw.get("attention_bias") and kind != "qwen2",
         "mlp_bias is not built": raw.get("mlp_bias"),
         "quantized weights (quantization_config) are not read": raw.get("quantization_config"),
-        f"sliding-window attention (of {window} tokens) is not built": (
-            slides and (window or 0) < raw["max_position_embeddings"]
-        ),
+        f"sliding-window attention (of {window} tokens) is not built": slides,
     }
     return [words for words, is_asked in asked.items() if is_asked]
 
@@ -194,16 +185,16 @@ def config_json(config, dtype):
     such as "bfloat16"."""
     kind = "qwen3" if config.qk_norm else "qwen2" if config.attention_bias else "llama"
     scaling = config.rope_scaling and {"rope_type": "llama3", **asdict(config.rope_scaling)}
-    theta = {"rope_theta": config.rope_theta}
-    same = ("num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings")
+    rope = {"rope_type": "default", **(scaling or {}), "rope_theta": config.rope_theta}
+    others = ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta")
+    others += ("tie_word_embeddings", "attention_bias")
     return {
         "architectures": [CLASSES[kind]],
         "model_type": kind,
-        **{name: getattr(config, name) for name in (*SIZES, *same, "attention_bias")},
+        **{name: getattr(config, name) for name in (*SIZES, *others)},
         "hidden_act": "silu",
-        **theta,
         "rope_scaling": scaling,
-        "rope_parameters": {**(scaling or {"rope_type": "default"}), **theta},
+        "rope_parameters": rope,
         "eos_token_id": config.eos_token_id or None,
         "torch_dtype": dtype,
     }

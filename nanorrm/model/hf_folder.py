@@ -20,11 +20,8 @@ from nanorrm.files import read_json, write_json
 from nanorrm.model.architectures import config_json, listed, parse_config, token_ids
 
 ASSETS = Path(__file__).parents[1] / "assets"
-SHIPPED = {
-    "toy": ASSETS / "toy_base",
-    "toy-judge": ASSETS / "toy_judge",
-    "toy-policy": ASSETS / "toy_policy",
-}
+NAMES = {"toy": "toy_base", "toy-judge": "toy_judge", "toy-policy": "toy_policy"}
+SHIPPED = {name: ASSETS / folder for name, folder in NAMES.items()}
 SINGLE, HEAD, EMBEDDING = "model.safetensors", "lm_head.weight", "model.embed_tokens.weight"
 DTYPES = ("BF16", "F16", "F32", "F64")  # of the tensors that are read, as safetensors call them
 SHARD_BYTES = 5 * 10**9  # weights above this are written in several files
@@ -42,10 +39,9 @@ def read_config(folder):
         raise UserError(f"{folder}: no such model folder")
     config = parse_config(read_json(folder / "config.json"), folder / "config.json")
     path = folder / "generation_config.json"
-    if path.exists():
-        generation = read_json(path)
-        config.eos_token_id = token_ids(generation, path) or config.eos_token_id
-        config.generation = {k: v for k, v in generation.items() if k != "eos_token_id"}
+    config.generation = read_json(path) if path.exists() else {}
+    config.eos_token_id = token_ids(config.generation, path) or config.eos_token_id
+    config.generation.pop("eos_token_id", None)
     return config
 
 
@@ -69,8 +65,14 @@ def fill(model, folder, put=copy):
     folder, parameters = Path(folder), dict(model.named_parameters())
     paths, index = weight_files(folder)
     with ExitStack() as stack:
-        files, problems = opened(paths, stack)
-        stored = {}  # tensor name -> the path of its file
+        files, problems, stored = {}, [], {}  # stored: tensor name -> the path of its file
+        for path in paths:
+            try:
+                files[path] = stack.enter_context(safe_open(path, framework="pt"))
+            except FileNotFoundError:
+                problems.append(f"{path}: no such file")
+            except (SafetensorError, OSError) as error:
+                problems.append(f"{path}: not a readable safetensors file ({error})")
         for path, file in files.items():
             for name in file.keys():  # noqa: SIM118
                 if name in stored:
@@ -78,50 +80,32 @@ def fill(model, folder, put=copy):
                 if not name.endswith("rotary_emb.inv_freq"):  # old writers stored them
                     stored[name] = path
         if model.config.tie_word_embeddings and HEAD in stored:
-            problems += untied(files[stored.pop(HEAD)], files.get(stored.get(EMBEDDING)))
+            # both may be there if they are equal: some readers take the one and some the other
+            head, path = files[stored.pop(HEAD)].get_tensor(HEAD), stored.get(EMBEDDING)
+            if path and not torch.equal(head, files[path].get_tensor(EMBEDDING)):
+                problems.append(f"{HEAD} differs from {EMBEDDING} (tie_word_embeddings is true)")
         lost = set(paths) - files.keys()  # of their tensors nothing is known, nor are they missing
         known = [name for name in parameters if folder / index.get(name, SINGLE) not in lost]
         problems += [f"{name} is missing" for name in known if name not in stored]
-        problems += [
-            f"{name} is not part of this model" for name in stored if name not in parameters
-        ]
-        for name, path in stored.items():
-            problems += misfit(name, files[path].get_slice(name), parameters.get(name))
+        surplus = [name for name in stored if name not in parameters]
+        problems += [f"{name} is not part of this model" for name in surplus]
+        for name, p in parameters.items():
+            if name in stored:
+                problems += misfit(name, files[stored[name]].get_slice(name), p)
         if problems:
             raise UserError(f"{folder}: the weights do not fit config.json: {listed(problems)}")
         for name, path in stored.items():
             put(parameters[name], files[path].get_tensor(name))
 
 
-def opened(paths, stack):
-    """{path: safetensors file, memory-mapped until the ExitStack closes}, and which can't be."""
-    files, problems = {}, []
-    for path in paths:
-        try:
-            files[path] = stack.enter_context(safe_open(path, framework="pt"))
-        except FileNotFoundError:
-            problems.append(f"{path}: no such file")
-        except (SafetensorError, OSError) as error:
-            problems.append(f"{path}: not a readable safetensors file ({error})")
-    return files, problems
-
-
 def misfit(name, stored, parameter):
     """What a stored tensor has (a slice of its file) that its parameter does not take, in words."""
     shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
-    if parameter is not None and shape != tuple(parameter.shape):
+    if shape != tuple(parameter.shape):
         return [f"{name} has shape {shape}, not {tuple(parameter.shape)}"]
     if dtype not in DTYPES:
         return [f"{name} is stored as {dtype} (only {', '.join(DTYPES)} are read)"]
     return []
-
-
-def untied(head, embedding):
-    """A head stored beside the embedding it is tied to must equal it: where they differ, some
-    readers take the one and some the other. head, embedding: their files."""
-    if embedding is None or torch.equal(head.get_tensor(HEAD), embedding.get_tensor(EMBEDDING)):
-        return []
-    return [f"{HEAD} differs from {EMBEDDING}, to which config.json ties it (tie_word_embeddings)"]
 
 
 def weight_files(folder):
@@ -130,9 +114,8 @@ def weight_files(folder):
     if not index.exists():
         pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
         if pickles and not single.exists():
-            raise UserError(
-                f"{folder}: {pickles[0]} is a pickle, which is not read: save it as safetensors"
-            )
+            words = "is a pickle, which is not read: save it as safetensors"
+            raise UserError(f"{folder}: {pickles[0]} {words}")
         return [single], {}
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
@@ -150,23 +133,20 @@ def weight_files(folder):
 def replacing(folder):
     """A new folder to fill, which takes the place of `folder` once it is whole, or vanishes."""
     temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{x}") for x in ("tmp", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         if folder.exists():
             folder.rename(old)
         temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except (OSError, SafetensorError, RuntimeError) as error:  # a full disk is any of them
+        raise UserError(f"{folder}: could not be written ({error})") from None
+    finally:
         if old.exists() and not folder.exists():
             old.rename(folder)
-        if isinstance(
-            error, (OSError, SafetensorError, RuntimeError)
-        ):  # a full disk is any of them
-            raise UserError(f"{folder}: could not be written ({error})") from None
-        raise
+        for left in (temporary, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def write_model(folder, config, tensors, dtype, tokenizer=None, shard_bytes=SHARD_BYTES):

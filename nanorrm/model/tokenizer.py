@@ -15,7 +15,7 @@ import jinja2.sandbox
 import tokenizers
 
 from nanorrm.config import UserError
-from nanorrm.files import read_json
+from nanorrm.files import read_json, write_json
 
 THINK, END_THINK = "<think>", "</think>"
 # what a tokenizer may consist of
@@ -46,12 +46,10 @@ class Tokenizer:
         spec = read_json(folder / "tokenizer.json")
         config = read_if_there(folder / "tokenizer_config.json")
         template = read_chat_template(folder, config)
-        special = {name: config.get(f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
-        special = {
-            f"{name}_token": value["content"] if isinstance(value, dict) else value
-            for name, value in special.items()
-            if value
-        }
+        special = {}
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            if value := config.get(name):
+                special[name] = value["content"] if isinstance(value, dict) else value
         files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).exists()}
         try:
             return cls(spec, template, special, files)
@@ -59,18 +57,16 @@ class Tokenizer:
             raise UserError(f"{folder}/tokenizer.json: not a tokenizer ({error})") from None
 
     def save(self, folder):
-        """Write the tokenizer's files into an existing folder: as they were read, byte for byte, or
-        tokenizer.json and tokenizer_config.json."""
+        """Write into an existing folder what was read, byte for byte, or tokenizer.json and its
+        tokenizer_config.json."""
         folder = Path(folder)
-        if self.files is not None:
-            for name, content in self.files.items():
-                (folder / name).write_bytes(content)
-            return
-        self.full.save(str(folder / "tokenizer.json"))
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_names}
-        if self.chat_template:
-            config["chat_template"] = self.chat_template
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for name, content in (self.files or {}).items():
+            (folder / name).write_bytes(content)
+        if self.files is None:
+            config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_names}
+            config |= {"chat_template": self.chat_template} if self.chat_template else {}
+            write_json(folder / "tokenizer_config.json", config)
+            self.full.save(str(folder / "tokenizer.json"))
 
     def encode(self, text):
         """Text from outside -> ids; special tokens in it are spelled out as characters."""
@@ -91,8 +87,8 @@ class Tokenizer:
         if self.chat_template is None:
             raise UserError("this tokenizer has no chat template, which the rrm prompt needs")
         contents = "".join(m["content"] for m in messages)
-        private = map(chr, range(0xF0000, 0x110000))  # Unicode gives these no meaning
-        guard = next(c for c in private if c not in contents)
+        # Unicode gives these characters no meaning
+        guard = next(c for c in map(chr, range(0xF0000, 0x110000)) if c not in contents)
         starts = re.compile(f"(?={self.added})(.)", re.DOTALL)
         guarded = [{**m, "content": starts.sub(rf"\1{guard}", m["content"])} for m in messages]
         ids = []
@@ -139,11 +135,11 @@ def read_chat_template(folder, config):
     named ones, of which "default" is ours) or in chat_template.json.
     """
     path = folder / "chat_template.jinja"
-    if path.exists():
-        try:
+    try:
+        if path.exists():
             return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not readable as text ({error})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as text ({error})") from None
     path, template = folder / "tokenizer_config.json", config.get("chat_template")
     if template is None:
         path = folder / "chat_template.json"
@@ -154,7 +150,7 @@ def read_chat_template(folder, config):
             names = ", ".join(map(repr, named)) or "none"
             raise UserError(f"{path}: no chat template is named 'default' (there is {names})")
         template = named["default"]
-    if template is not None and not isinstance(template, str):
+    if not isinstance(template, str | None):
         raise UserError(f"{path}: chat_template should be text, not {type(template).__name__}")
     return template
 
