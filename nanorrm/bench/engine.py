@@ -20,6 +20,7 @@ from nanorrm.bench.estimate import kv_bytes
 from nanorrm.bench.tools import build, numbers, shape, start, tidy, write_results
 from nanorrm.config import EngineConfig, UserError
 from nanorrm.data import toy
+from nanorrm.engine.cache import blocks_for
 from nanorrm.engine.engine import Engine
 from nanorrm.engine.sampling import SamplingParams
 from nanorrm.train.packing import Sample, join
@@ -218,12 +219,17 @@ def time_generate(folder, asked, cfg):
 
 def time_generate_batch(folder, asked, cfg):
     """transformers' continuous batching, each request with its own length."""
-    from transformers import GenerationConfig
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
     model, longest = to_transformers(folder), max(n for _, n in asked)
     settings = {"do_sample": True, "eos_token_id": -1, "pad_token_id": 0}
     config = GenerationConfig(max_new_tokens=longest, **settings)
-    manager = model.init_continuous_batching(generation_config=config)
+    # a cache for all requests at once: by itself it takes what memory there is
+    blocks = sum(blocks_for(len(prompt) + n, 256) for prompt, n in asked)
+    cache = ContinuousBatchingConfig(page_size=256, num_blocks=blocks)
+    manager = model.init_continuous_batching(
+        generation_config=config, continuous_batching_config=cache
+    )
     began = time.perf_counter()
     manager.start()
     try:
