@@ -108,7 +108,7 @@ def bench_train(cfg):
 
 
 def training_step(name, cfg, device, ceiling):
-    """One row: packed sequences through forward, backward and AdamW, as `Trainer.step` has it."""
+    """One row: packed sequences through forward, backward and AdamW, as train.py has it."""
     tokens = cfg.tokens or (4096 if device == "cpu" else 16384)
     length = min(tokens, cfg.length or (256 if device == "cpu" else 8192))
     tidy(device)

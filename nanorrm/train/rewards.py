@@ -50,7 +50,7 @@ def group_rewards(n, matches, rating="elo"):
 def judged_rewards(referee, queries, answers, rating, opponents, seed):
     """The rewards [P][G] of all responses to P queries; no label is looked at.
 
-    answers [P][G] texts; rating: see rewards.group_rewards; opponents: how many of its group each
+    answers [P][G] texts; rating: see `group_rewards`; opponents: how many of its group each
     response plays, drawn by lot, as is the order in which two are shown.
     """
     rng, n, out = Random(f"contest:{seed}"), len(answers[0]), rating == "knockout"
